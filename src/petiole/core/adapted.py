@@ -1,0 +1,140 @@
+"""A frozen backbone with plugins and a head."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MergeError, PluginError
+from .plugin import Delta, Plugin, Tuning
+from .site import Site, Slot
+from .taps import Taps
+from .twin import twin
+from .view import View
+
+
+class Adapted(nn.Module):
+    """A frozen backbone, plugins at its sites, and a head.
+
+    The model walks a twin of the backbone that shares its weights: the backbone itself is never written to, and its
+    flags, mode and buffers never change. Starts in the backbone's mode, train or eval.
+
+    Args:
+        backbone: The user's pretrained model.
+        view: How it is walked.
+        plugins: What sits at its sites; attached here.
+        classes: Class names of a new linear head, which starts with PyTorch's default initialisation; None keeps the
+            backbone's own classifier, frozen.
+        seed: Seed of every random initial value.
+
+    Raises:
+        BackboneError: The view does not find a part of the backbone.
+        PluginError: A plugin fits no site, belongs to another model, or two methods want the same weights.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        view: View,
+        plugins: Sequence[Plugin],
+        classes: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if classes is not None and (len(classes) < 2 or len(set(classes)) != len(classes)):
+            raise PluginError(f"a head needs at least two different classes, got {list(classes)}")
+        view.check(backbone)
+        generator = torch.Generator().manual_seed(seed)
+        sites = view.sites(backbone)
+        for plugin in plugins:
+            plugin.attach(sites, generator)
+        tunings = [plugin for plugin in plugins if isinstance(plugin, Tuning)]
+        like = next(backbone.parameters())
+        self.view = view
+        self.backbone = twin(backbone, lambda name, owner: any(tuning.trains(name, owner) for tuning in tunings))
+        self.plugins = nn.ModuleList(plugins).to(like.device, like.dtype)
+        self.classes = None if classes is None else tuple(classes)
+        self.head = None if classes is None else _head(view.num_features(backbone), len(classes), generator).to(like)
+        self.input_config: dict[str, Any] = view.input_config(backbone)
+        self.taps = Taps(plugins)
+        self.train(backbone.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits `[B, C]` for images `[B, 3, H, W]`."""
+        tokens, flow = self.view.run(self.backbone, images, self.taps)
+        if self.head is None:
+            return self.view.classify(self.backbone, tokens, flow)
+        return self.head(self.view.pool(self.backbone, tokens, flow))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Returns what the head sees `[B, num_features]` for images `[B, 3, H, W]`."""
+        tokens, flow = self.view.run(self.backbone, images, self.taps)
+        return self.view.pool(self.backbone, tokens, flow)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields name and parameter of everything that is trained: plugins, head, tuned backbone tensors."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def task_state(self) -> dict[str, Tensor]:
+        """Returns what belongs to the task and not to the backbone: trained parameters and the plugins' buffers."""
+        state = self.state_dict()
+        own = {name for name, _ in self.trained()}
+        return {name: t for name, t in state.items() if name in own or name.startswith(("plugins.", "head."))}
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """Returns an ordinary model of the backbone's own class with the plugins folded in and the head in place.
+
+        A copy with its own memory and every parameter trainable, in eval mode: no plugin, no overhead.
+
+        Raises:
+            MergeError: A plugin is not linear, or the backbone's class has no classifier for the head.
+        """
+        for plugin in self.taps.plugins:
+            if not isinstance(plugin, Delta | Tuning):
+                raise MergeError(
+                    f"{type(plugin).__name__} cannot be merged: it is not a linear change of the backbone's weights. "
+                    "Keep it as a plugin, or choose a method that merges (LoRA, FacT)"
+                )
+        plain = copy.deepcopy(self.backbone)
+        tensors = dict(plain.named_parameters())
+        for plugin in self.taps.plugins:
+            if isinstance(plugin, Delta):
+                for site in plugin.sites:
+                    _fold(tensors, site, site.weight, plugin.weight(site))
+                    _fold(tensors, site, site.bias, plugin.bias(site))
+        if self.head is not None:
+            self.view.set_head(plain, self.head)
+        return plain.requires_grad_(True).eval()
+
+    def __repr__(self) -> str:
+        name = type(self.backbone).__name__
+        inside = ", ".join(f"{type(p).__name__}({_arguments(p)})" for p in self.taps.plugins)
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        return f"Adapted({name}, {inside or 'no plugin'}{classes})"
+
+
+def _arguments(plugin: Plugin) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in plugin.settings().items())
+
+
+def _head(num_features: int, num_classes: int, generator: torch.Generator) -> nn.Linear:
+    head = nn.Linear(num_features, num_classes)
+    bound = num_features**-0.5
+    with torch.no_grad():
+        head.weight.uniform_(-bound, bound, generator=generator)
+        head.bias.uniform_(-bound, bound, generator=generator)
+    return head
+
+
+def _fold(tensors: dict[str, nn.Parameter], site: Site, slot: Slot | None, change: Tensor | None) -> None:
+    if change is None:
+        return
+    if slot is None:
+        raise MergeError(f"{site.name} has no bias in the backbone to fold a bias change into")
+    rows = tensors[slot.name][slot.start : slot.stop]
+    # added in at least fp32 and rounded once, so that a half-precision backbone loses no more than its own precision
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    rows.copy_((rows.to(wide) + change.to(wide)).to(rows.dtype))

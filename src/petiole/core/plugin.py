@@ -1,0 +1,134 @@
+"""What a plugin is, and the roles it can play."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PluginError
+from .flow import Flow
+from .site import Site
+
+
+class Plugin(nn.Module, ABC):
+    """Small trainable tensors for some sites of one backbone.
+
+    A plugin is made in two steps. The constructor takes keyword settings and keeps each under its own name, so that
+    settings can be written to a file and read back. `attach` then meets the sites of a backbone and creates the
+    tensors. One plugin object serves one model.
+    """
+
+    method: ClassVar[str]
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the plugin has met a backbone."""
+        return bool(self.__dict__.get("_attached"))
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's keyword arguments that make an equal plugin."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def attach(self, sites: Sequence[Site], generator: torch.Generator | None = None) -> None:
+        """Chooses among a backbone's sites and creates the plugin's tensors for them.
+
+        Args:
+            sites: Every site of the backbone, in the order of the walk.
+            generator: Source of the random initial values.
+
+        Raises:
+            PluginError: The plugin already belongs to a model, or finds no site it can use.
+        """
+        if self.is_attached:
+            raise PluginError(f"this {type(self).__name__} already belongs to a model: make a new one for each model")
+        self.sites = tuple(self.select(sites))
+        self.build(generator)
+        self._attached = True
+
+    @abstractmethod
+    def select(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """Returns the sites the plugin uses.
+
+        Raises:
+            PluginError: None of them fits; says what was looked for.
+        """
+
+    @abstractmethod
+    def build(self, generator: torch.Generator | None) -> None:
+        """Creates parameters and buffers for `self.sites`."""
+
+
+class Bypass(Plugin):
+    """A plugin that computes something beside a frozen part and adds it to that part's output.
+
+    Shapes are always `[B, N, d]` with the true batch first, also inside windows. The maths is written so that every
+    parameter may carry one leading axis of length B: rows of a batch can then use different plugins.
+    """
+
+    @abstractmethod
+    def add(self, site: Site, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:
+        """Returns what is added at one site.
+
+        Args:
+            site: One of `self.sites`.
+            x: What the frozen part sees `[B, N, d_in]`.
+            flow: Facts about the tokens.
+            residual: At a branch site, the residual stream before the norm `[B, N, width]`.
+
+        Returns:
+            The addition `[B, N, d_out]`.
+        """
+
+    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Sequence[Tensor]:
+        """Returns `add` for linear sites that share one input; override to compute once what they share."""
+        return [self.add(site, x, flow) for site in sites]
+
+
+class Delta(Bypass):
+    """A bypass that is linear in `x`, so that it can be folded into the frozen weight."""
+
+    @abstractmethod
+    def weight(self, site: Site) -> Tensor:
+        """Returns the weight change `[d_out, d_in]` that `add` amounts to in eval mode."""
+
+    def bias(self, site: Site) -> Tensor | None:
+        """Returns the bias change `[d_out]`, None where there is none."""
+        return None
+
+
+class Reducer(Plugin):
+    """A plugin that shortens the token sequence between attention and MLP."""
+
+    @abstractmethod
+    def reduce(self, site: Site, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+        """Returns fewer tokens and what is now true of them.
+
+        Args:
+            site: A tokens site.
+            x: Residual stream after attention `[B, N, d]`.
+            keys: The attention's keys `[B, h, N, d_head]`, as they meet the queries.
+            flow: Facts about the tokens.
+        """
+
+
+class Tuning(Plugin):
+    """A method that trains tensors of the backbone itself.
+
+    The adapted model then walks a twin of the backbone in which the chosen tensors are copies and all others are
+    shared; the user's backbone stays as it is.
+    """
+
+    def select(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """Uses no sites."""
+        return ()
+
+    def build(self, generator: torch.Generator | None) -> None:
+        """Creates nothing: the tensors live in the twin."""
+
+    @abstractmethod
+    def trains(self, name: str, owner: nn.Module) -> bool:
+        """Whether the backbone parameter `name`, held by the module `owner`, is trained."""

@@ -1,0 +1,179 @@
+"""Proofs that a walk, a plugin and a merge do what they promise."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ProofError
+from .adapted import Adapted
+from .flow import Flow
+from .plugin import Delta, Plugin
+from .site import Site
+from .taps import Taps
+from .twin import twin
+from .view import View
+
+# Relative error a merge may show per dtype: rounding of the weights and of one forward pass, with room.
+MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.no_grad()
+def prove_view(view: View, backbone: nn.Module) -> None:
+    """Checks that the walk without plugins equals the model's own forward, bit for bit, in eval mode.
+
+    Raises:
+        ProofError: It does not; names the first part of the model where the walk departs from it.
+    """
+    model = twin(backbone).eval()
+    images = view.probe(model)
+
+    def walk() -> Tensor:
+        return view.classify(model, *view.run(model, images, Taps()))
+
+    if torch.equal(walk(), view.answer(model, images)):
+        return
+    expected, found = _trace(model, lambda: view.answer(model, images)), _trace(model, walk)
+    for name, output in expected.items():
+        if name not in found:
+            fault = f"never calls {name}"
+        elif found[name].shape != output.shape or not torch.equal(found[name], output):
+            fault = f"first differs at the output of {name}"
+        else:
+            continue
+        break
+    else:
+        fault = "differs after the last module, in how the answer is put together"
+    raise ProofError(
+        f"{type(view).__name__} does not walk this {type(backbone).__name__} as its own forward does: the walk {fault}."
+        " The model is wired otherwise than the view expects: please report it with the library's version"
+    )
+
+
+def prove_attached(model: Adapted) -> None:
+    """Checks by one tiny forward and backward that every plugin is alive at every one of its sites.
+
+    Works on copies of the plugins with random tensors, so it also proves plugins that start as the identity.
+
+    Raises:
+        ProofError: A site is never called, a plugin adds nothing there, what it adds does not reach the features, or
+            a trained tensor gets no gradient; names the site or the tensor.
+    """
+    view, generator = model.view, torch.Generator().manual_seed(1)
+    plugins = [plugin.eval() for plugin in copy.deepcopy(model.taps.plugins)]
+    with torch.no_grad():
+        for p in itertools.chain.from_iterable(plugin.parameters() for plugin in plugins):
+            p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
+    taps = _Probes(plugins)
+    with _eval_mode(model.backbone), torch.enable_grad():
+        tokens, flow = view.run(model.backbone, view.probe(model.backbone), taps)
+        features = view.pool(model.backbone, tokens, flow)
+        reached = [(site, probe, dy) for plugin in taps.seen for site, probe, dy in taps.seen[plugin]]
+        wanted = {f"plugins.{i}.{n}": p for i, plugin in enumerate(plugins) for n, p in plugin.named_parameters()}
+        wanted |= {f"backbone.{n}": p for n, p in _below_head(model) if p.requires_grad}
+        inputs = [*wanted.values(), *(probe for _, probe, _ in reached)]
+        weights = torch.randn(features.shape, generator=generator).to(features)
+        grads = torch.autograd.grad((features * weights).sum(), inputs, allow_unused=True) if inputs else ()
+    for i, plugin in enumerate(plugins):
+        called = {site.name for site, _, _ in taps.seen.get(i, ())}
+        for site in plugin.sites:
+            if site.kind != "tokens" and site.name not in called:
+                raise ProofError(f"{type(plugin).__name__} sits at {site.name}, but the walk never calls that site")
+    for (site, _, dy), grad in zip(reached, grads[len(wanted) :], strict=True):
+        if not dy.any():
+            raise ProofError(f"the plugin at {site.name} adds nothing there even with random tensors")
+        if grad is None or not grad.any():
+            raise ProofError(f"what the plugin adds at {site.name} does not reach the features: it would never train")
+    for name, grad in zip(wanted, grads, strict=False):
+        if grad is None or not grad.any():
+            raise ProofError(f"the tensor {name} gets no gradient: it would never train")
+
+
+@torch.no_grad()
+def prove_merged(model: Adapted, plain: nn.Module) -> None:
+    """Checks that a merged model answers as the adapted one does.
+
+    Raises:
+        ProofError: The logits differ by more than rounding; names the site where `add` and `weight` disagree.
+    """
+    images = model.view.probe(plain)
+    tolerance = MERGE_TOLERANCE[images.dtype]
+    with _eval_mode(model):
+        expected, found = model(images), model.view.answer(plain, images)
+        if expected.shape == found.shape and _error(found, expected) <= tolerance:
+            return
+        for plugin in model.taps.plugins:
+            if not isinstance(plugin, Delta):
+                continue
+            for site in plugin.sites:
+                x = torch.randn(1, 8, site.d_in, generator=torch.Generator().manual_seed(0)).to(images)
+                dy = x @ plugin.weight(site).mT + (0 if (b := plugin.bias(site)) is None else b)
+                if _error(dy, plugin.add(site, x, Flow(0, None))) > tolerance:
+                    raise ProofError(f"{type(plugin).__name__}.weight disagrees with .add at {site.name}")
+    raise ProofError(
+        f"the merged model's logits differ from the adapted model's by {_error(found, expected):.1e} relative, "
+        f"more than {tolerance:.0e}, though every site agrees"
+    )
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def _below_head(model: Adapted) -> Iterator[tuple[str, nn.Parameter]]:
+    heads = tuple(f"{name}." for name in model.view.classifiers(model.backbone))
+    return ((name, p) for name, p in model.backbone.named_parameters() if not name.startswith(heads))
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def _trace(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Returns the first output of every leaf module, in the order of the calls."""
+    outputs: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if not any(module.children()):
+            hooks.append(module.register_forward_hook(_recorder(outputs, name)))
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def _recorder(outputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
+    def record(module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs.setdefault(name, output)
+
+    return record
+
+
+class _Probes(Taps):
+    """Taps that add a zero leaf to every addition, to see whether its gradient comes back."""
+
+    def __init__(self, plugins: Iterable[Plugin]) -> None:
+        super().__init__(plugins)
+        self.seen: dict[int, list[tuple[Site, Tensor, Tensor]]] = {}
+
+    def ask(
+        self, plugin: Plugin, sites: Sequence[Site], x: Tensor, flow: Flow, residual: Tensor | None = None
+    ) -> Sequence[Tensor]:
+        additions = super().ask(plugin, sites, x, flow, residual)
+        probes = [torch.zeros_like(dy, requires_grad=True) for dy in additions]
+        rows = self.seen.setdefault(self.plugins.index(plugin), [])
+        rows.extend(zip(sites, probes, additions, strict=True))
+        return [dy + probe for dy, probe in zip(additions, probes, strict=True)]

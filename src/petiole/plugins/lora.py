@@ -1,0 +1,65 @@
+"""LoRA: a low-rank bypass of its own beside each chosen linear map.
+
+x ──┬── W ──────────────────┐
+    └── A [r, d_in] ── drop ── B [d_out, r] ── * scale ── + ── y
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.flow import Flow
+from ..core.plugin import Delta
+from ..core.site import Site
+from ..errors import PluginError
+from ._select import linear_sites
+
+
+class LoRA(Delta):
+    """Low-rank adaptation.
+
+    Source: Hu et al., 2021, "LoRA", arXiv 2106.09685; sites and dropout as in Jie et al., 2023, arXiv 2307.16867.
+    Parameters: rank * (d_in + d_out) per site; 4 * L * d * rank on q and v of a ViT.
+
+    Args:
+        rank: Rank of each change.
+        roles: Which linear maps, by role: `q`, `k`, `v`, `proj`, `fc1`, `fc2`; also inside a fused qkv.
+        scale: Factor of the change (other libraries' alpha / rank).
+        dropout: Dropout rate of the rank-wide code, in training.
+    """
+
+    method = "lora"
+
+    def __init__(
+        self, *, rank: int = 8, roles: Sequence[str] = ("q", "v"), scale: float = 1.0, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise PluginError(f"rank must be at least 1, got {rank}")
+        self.rank, self.roles, self.scale, self.dropout = rank, tuple(roles), scale, dropout
+
+    def select(self, sites: Sequence[Site]) -> Sequence[Site]:
+        return linear_sites(self, sites, self.roles)
+
+    def build(self, generator: torch.Generator | None) -> None:
+        self.index = {site.name: i for i, site in enumerate(self.sites)}
+        self.down = nn.ParameterList(torch.empty(self.rank, site.d_in) for site in self.sites)
+        self.up = nn.ParameterList(torch.zeros(site.d_out, self.rank) for site in self.sites)
+        for down in self.down:
+            nn.init.uniform_(down, -(down.shape[1] ** -0.5), down.shape[1] ** -0.5, generator=generator)
+
+    def add(self, site: Site, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:
+        return self.add_group([site], x, flow)[0]
+
+    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Sequence[Tensor]:
+        where = [self.index[site.name] for site in sites]
+        down = torch.cat([self.down[i] for i in where], dim=-2) if len(where) > 1 else self.down[where[0]]
+        code = F.dropout(x @ down.mT, self.dropout, self.training) * self.scale
+        codes = code.split(self.rank, dim=-1)
+        return [z @ self.up[i].mT for z, i in zip(codes, where, strict=True)]
+
+    def weight(self, site: Site) -> Tensor:
+        i = self.index[site.name]
+        return self.scale * (self.up[i] @ self.down[i])
