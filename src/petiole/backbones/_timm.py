@@ -1,8 +1,9 @@
-"""What the timm families share: classifier, transform, attention core, MLPs."""
+"""What the timm families share: classifier, transform, attention core, MLPs, blocks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
@@ -12,11 +13,15 @@ from ..core.flow import Flow
 from ..core.site import Site, Slot
 from ..core.taps import Taps
 from ..core.view import View
-from ..errors import BackboneError, MergeError
+from ..errors import MergeError
+from ._parts import fused_sites, linear_site, need, run_linear, thirds
 
 
 class TimmView(View):
     """What every timm image model answers in the same way."""
+
+    stack: ClassVar[str] = "blocks"
+    """Where the model keeps its blocks or stages."""
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         return model.forward_head(tokens, pre_logits=True)
@@ -58,28 +63,17 @@ class TimmView(View):
         cfg = getattr(model, "pretrained_cfg", {})
         return {"name": cfg.get("architecture") or type(model).__name__, "tag": cfg.get("tag") or ""}
 
+    def sites(self, model: Any) -> Sequence[Site]:
+        sites = [site for i, (name, block) in enumerate(self.blocks(model)) for site in block_sites(name, block, i)]
+        return [site for site in sites if site.kind != "tokens"] if self.is_bound(model) else sites
+
+    def is_bound(self, model: Any) -> bool:
+        """Whether the attention needs every token in its place, so that there are no tokens sites."""
+        return False
+
     def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
         """Yields name and module of each block, in the order of the walk."""
         return ((f"blocks.{i}", block) for i, block in enumerate(model.blocks))
-
-
-def need(model: Any, part: str, kind: type | tuple[type, ...] = nn.Module) -> Any:
-    """Returns a sub-module by its dotted name.
-
-    Raises:
-        BackboneError: It is absent or of another type; says which type was looked for and what was found.
-    """
-    found: object = model
-    for step in part.split("."):
-        found = getattr(found, step, None)
-    if not isinstance(found, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(k.__name__ for k in kinds)
-        raise BackboneError(
-            f"{type(model).__name__} is not wired as expected: looked for {part} of type {wanted}, "
-            f"found {type(found).__name__}"
-        )
-    return found
 
 
 def need_blocks(view: TimmView, model: Any, block: tuple[type, ...], attention: tuple[type, ...]) -> None:
@@ -88,8 +82,11 @@ def need_blocks(view: TimmView, model: Any, block: tuple[type, ...], attention: 
     Raises:
         BackboneError: A part is absent or of another type.
     """
+    need(model, view.stack, (nn.Sequential, nn.ModuleList))
     for name, _ in view.blocks(model):
         need(model, name, block)
+        for part in ("norm1", "drop_path1", "norm2", "drop_path2"):
+            need(model, f"{name}.{part}")
         need(model, f"{name}.attn", attention)
         need(model, f"{name}.mlp", (Mlp, GluMlp, SwiGLU))
 
@@ -107,26 +104,28 @@ def drops_patches(model: Any) -> bool:
     return model.training and patch_drop is not None and not isinstance(patch_drop, nn.Identity)
 
 
-def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Returns what the heads attend to `[B, N, d]` for q, k, v `[B, h, N, d_head]`, by the model's own kernel."""
+def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+    """Returns what the heads attend to `[B, N, d]`, by the model's own kernel.
+
+    Args:
+        attn: The attention module, for its switches.
+        q: Queries `[B, h, N, d_head]`.
+        k: Keys, alike.
+        v: Values, alike.
+        masks: Added to the scores, one after the other.
+    """
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
+        mask = sum(masks[1:], masks[0]) if masks else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     else:
         scores = (q * attn.scale) @ k.transpose(-2, -1)
-        y = attn.attn_drop((scores if mask is None else scores + mask).softmax(dim=-1)) @ v
+        y = attn.attn_drop(sum(masks, scores).softmax(dim=-1)) @ v
     return y.transpose(1, 2).flatten(2)
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Returns `[B, N, d]` as `[B, h, N, d_head]`."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def run_qkv(
-    attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow, fused: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns q, k, v `[B, h, N, d_head]` with the plugins' additions, from fused or separate maps.
+def run_qkv(attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k, v `[B, N, d]` with the plugins' additions, from fused or separate maps.
 
     Args:
         attn: An attention module with `qkv`, or with `q_proj`, `k_proj` and `v_proj`.
@@ -134,19 +133,74 @@ def run_qkv(
         x: Normed input `[B, N, d]`.
         taps: Where to call out.
         flow: Facts about the tokens.
-        fused: How the fused map is applied; None calls `attn.qkv`.
     """
-    if attn.qkv is not None:
-        outputs: Sequence[Tensor] = (fused or attn.qkv)(x).chunk(3, dim=-1)
+    if attn.qkv is None:
+        outputs: Tensor | Sequence[Tensor] = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
+    elif getattr(attn, "q_bias", None) is None:
+        outputs = attn.qkv(x)
     else:
-        outputs = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
+        # biases outside the map, so that the host itself reaches past `qkv`: a plugin hung on that module is dead
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        outputs = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
     q, k, v = taps.linear((f"{name}.q", f"{name}.k", f"{name}.v"), x, outputs, flow)
-    return split_heads(q, attn.num_heads), split_heads(k, attn.num_heads), split_heads(v, attn.num_heads)
+    return q, k, v
 
 
-def run_linear(module: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> Tensor:
-    """Returns a linear map's output with the plugins' additions."""
-    return taps.linear((name,), x, (module(x),), flow)[0]
+def run_attention(
+    attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow, turn: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the attention's output `[B, N, d]` and its keys `[B, h, N, d_head]`.
+
+    Args:
+        attn: An attention module with norms of q and k, and perhaps a gate or fewer heads for k and v than for q.
+        name: Its name.
+        x: Normed input `[B, N, d]`.
+        taps: Where to call out.
+        flow: Facts about the tokens.
+        turn: Rotation of q and k by position, None for none.
+    """
+    gate = None if getattr(attn, "gate", None) is None else attn.gate(x).sigmoid()
+    q, k, v = run_qkv(attn, name, x, taps, flow)
+    q, k, v = (t.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for t in (q, k, v))
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if turn is not None:
+        q, k = turn(q).type_as(v), turn(k).type_as(v)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    y = attn.norm(attend(attn, q, k, v))
+    y = y if gate is None else y * gate
+    return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), k
+
+
+def run_block(
+    block: Any, name: str, x: Tensor, taps: Taps, flow: Flow, attention: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Flow]:
+    """Returns the residual stream after one pre-norm block, and what is now true of it.
+
+    Args:
+        block: The block.
+        name: Its name.
+        x: Residual stream `[B, N, d]`.
+        taps: Where to call out.
+        flow: Facts about the tokens.
+        attention: From normed input to the attention's output and its keys.
+    """
+    h = block.norm1(x)
+    y, keys = attention(h)
+    x = taps.branch(f"{name}.attn", x + block.drop_path1(scaled(block, 1, y)), h, flow, residual=x)
+    x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
+    h = block.norm2(x)
+    y = run_mlp(block.mlp, f"{name}.mlp", h, taps, flow)
+    return taps.branch(f"{name}.mlp", x + block.drop_path2(scaled(block, 2, y)), h, flow, residual=x), flow
+
+
+def scaled(block: Any, branch: int, y: Tensor) -> Tensor:
+    """Returns a branch's output times its LayerScale gains: a module `ls1`, a parameter `gamma_1`, or none."""
+    if hasattr(block, f"ls{branch}"):
+        return getattr(block, f"ls{branch}")(y)
+    gamma = getattr(block, f"gamma_{branch}")
+    return y if gamma is None else gamma * y
 
 
 def run_mlp(mlp: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> Tensor:
@@ -166,70 +220,33 @@ def run_mlp(mlp: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> Tensor:
     return mlp.drop2(run_linear(mlp.fc2, f"{name}.fc2", h, taps, flow))
 
 
-def linear_site(name: str, parameter: str, module: Any, block: int, width: int, drop_path: float) -> Site:
-    """Returns the site of a whole linear map.
-
-    Args:
-        name: The site's name.
-        parameter: The module's name in the state dict.
-        module: The map.
-        block: Index of its block.
-        width: Width of the residual stream.
-        drop_path: Stochastic-depth rate of its branch.
-    """
-    d_out, d_in = module.weight.shape
-    bias = None if module.bias is None else Slot(f"{parameter}.bias", 0, d_out)
-    return Site(name, "linear", block, width, d_in, d_out, Slot(f"{parameter}.weight", 0, d_out), bias, drop_path)
-
-
-def fused_sites(
-    name: str, d: int, block: int, width: int, drop_path: float, weight: str, biases: Sequence[Slot | None]
-) -> list[Site]:
-    """Returns the sites q, k, v of a fused map.
-
-    Args:
-        name: Name of the attention.
-        d: Output width of each of the three.
-        block: Index of the block.
-        width: Width of the residual stream, which the map sees.
-        drop_path: Stochastic-depth rate of the branch.
-        weight: Name of the fused weight `[3 d, width]`.
-        biases: Where each bias lies, None where there is none.
-    """
-    return [
-        Site(f"{name}.{role}", "linear", block, width, width, d, Slot(weight, j * d, (j + 1) * d), biases[j], drop_path)
-        for j, role in enumerate("qkv")
-    ]
-
-
-def block_sites(name: str, module: Any, block: int, qkv: Sequence[Site] | None = None) -> list[Site]:
+def block_sites(name: str, module: Any, block: int) -> list[Site]:
     """Returns the sites of one timm transformer block, in the order of the walk.
 
     Args:
         name: The block's name.
         module: The block.
         block: Its index.
-        qkv: The sites of q, k and v where the bias does not lie beside the weight.
     """
-    attn, mlp = module.attn, module.mlp
-    d = width = attn.proj.out_features
+    attn, mlp, width = module.attn, module.mlp, module.attn.proj.out_features
     rates = [getattr(drop, "drop_prob", 0.0) or 0.0 for drop in (module.drop_path1, module.drop_path2)]
-    if qkv is None and attn.qkv is not None:
-        d, parameter = attn.qkv.out_features // 3, f"{name}.attn.qkv"
-        slots = [Slot(f"{parameter}.bias", j * d, (j + 1) * d) for j in range(3)]
-        biases = slots if attn.qkv.bias is not None else [None, None, None]
-        qkv = fused_sites(f"{name}.attn", d, block, width, rates[0], f"{parameter}.weight", biases)
-    elif qkv is None:
-        qkv = [
-            linear_site(f"{name}.attn.{r}", f"{name}.attn.{r}_proj", getattr(attn, f"{r}_proj"), block, width, rates[0])
-            for r in "qkv"
-        ]
     names = ("fc1_g", "fc1_x", "fc2") if isinstance(mlp, SwiGLU) else ("fc1", "fc2")
     return [
-        *qkv,
+        *_qkv_sites(attn, f"{name}.attn", block, width, rates[0]),
         linear_site(f"{name}.attn.proj", f"{name}.attn.proj", attn.proj, block, width, rates[0]),
         Site(f"{name}.attn", "branch", block, width, width, width, drop_path=rates[0]),
         Site(f"{name}.tokens", "tokens", block, width, width, width),
         *(linear_site(f"{name}.mlp.{n}", f"{name}.mlp.{n}", getattr(mlp, n), block, width, rates[1]) for n in names),
         Site(f"{name}.mlp", "branch", block, width, width, width, drop_path=rates[1]),
     ]
+
+
+def _qkv_sites(attn: Any, name: str, block: int, width: int, rate: float) -> list[Site]:
+    if attn.qkv is None:
+        maps = {role: getattr(attn, f"{role}_proj") for role in "qkv"}
+        return [linear_site(f"{name}.{r}", f"{name}.{r}_proj", m, block, width, rate) for r, m in maps.items()]
+    d = attn.qkv.out_features // 3
+    biases = thirds(None if attn.qkv.bias is None else f"{name}.qkv.bias", d)
+    if getattr(attn, "q_bias", None) is not None:
+        biases = [Slot(f"{name}.q_bias", 0, d), None, Slot(f"{name}.v_bias", 0, d)]
+    return fused_sites(name, d, block, width, rate, f"{name}.qkv.weight", biases)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, PluginError
+from .fingerprint import digest
 from .plugin import Delta, Plugin, Tuning
 from .site import Site, Slot
 from .taps import Taps
@@ -51,13 +52,23 @@ class Adapted(nn.Module):
         for plugin in plugins:
             plugin.attach(sites, generator)
         tunings = [plugin for plugin in plugins if isinstance(plugin, Tuning)]
+        # what the forward never reaches would get no gradient: a new head takes the classifier's place
+        idle = (*view.unused(backbone), *(() if classes is None else view.classifiers(backbone)))
+        unused = tuple(f"{name}." for name in idle)
         like = next(backbone.parameters())
         self.view = view
-        self.backbone = twin(backbone, lambda name, owner: any(tuning.trains(name, owner) for tuning in tunings))
+        self.backbone = twin(
+            backbone,
+            lambda name, owner: any(t.trains(name, owner) for t in tunings) and not f"{name}.".startswith(unused),
+        )
         self.plugins = nn.ModuleList(plugins).to(like.device, like.dtype)
         self.classes = None if classes is None else tuple(classes)
         self.head = None if classes is None else _head(view.num_features(backbone), len(classes), generator).to(like)
         self.input_config: dict[str, Any] = view.input_config(backbone)
+        # what the twin holds as copies may change: these digests still say which backbone it was made from
+        inside = self.backbone.state_dict(keep_vars=True)
+        shared = {n for n, t in inside.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
+        self.origin = {name: digest(t) for name, t in view.frozen_weights(backbone) if name not in shared}
         self.taps = Taps(plugins)
         self.train(backbone.training)
 
@@ -93,7 +104,7 @@ class Adapted(nn.Module):
             MergeError: A plugin is not linear, or the backbone's class has no classifier for the head.
         """
         for plugin in self.taps.plugins:
-            if not isinstance(plugin, Delta | Tuning):
+            if plugin.sites and not isinstance(plugin, Delta):
                 raise MergeError(
                     f"{type(plugin).__name__} cannot be merged: it is not a linear change of the backbone's weights. "
                     "Keep it as a plugin, or choose a method that merges (LoRA, FacT)"

@@ -22,12 +22,11 @@ class Plugin(nn.Module, ABC):
     """
 
     method: ClassVar[str]
-    sites: tuple[Site, ...] = ()
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether the plugin has met a backbone."""
-        return bool(self.__dict__.get("_attached"))
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: tuple[Site, ...] = ()
+        self.is_attached = False
 
     def settings(self) -> dict[str, Any]:
         """The constructor's keyword arguments that make an equal plugin."""
@@ -47,7 +46,7 @@ class Plugin(nn.Module, ABC):
             raise PluginError(f"this {type(self).__name__} already belongs to a model: make a new one for each model")
         self.sites = tuple(self.select(sites))
         self.build(generator)
-        self._attached = True
+        self.is_attached = True
 
     @abstractmethod
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
@@ -83,8 +82,11 @@ class Bypass(Plugin):
             The addition `[B, N, d_out]`.
         """
 
-    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Sequence[Tensor]:
-        """Returns `add` for linear sites that share one input; override to compute once what they share."""
+    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Tensor | Sequence[Tensor]:
+        """Returns `add` for linear sites that share one input; override to compute once what they share.
+
+        One tensor `[B, N, d_out]` per site, or all side by side in one.
+        """
         return [self.add(site, x, flow) for site in sites]
 
 

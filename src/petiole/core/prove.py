@@ -13,7 +13,7 @@ from .adapted import Adapted
 from .flow import Flow
 from .plugin import Delta, Plugin
 from .site import Site
-from .taps import Taps
+from .taps import Taps, side_by_side
 from .twin import twin
 from .view import View
 
@@ -68,7 +68,7 @@ def prove_attached(model: Adapted) -> None:
         for p in itertools.chain.from_iterable(plugin.parameters() for plugin in plugins):
             p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
     taps = _Probes(plugins)
-    with _eval_mode(model.backbone), torch.enable_grad():
+    with eval_mode(model.backbone), torch.enable_grad():
         tokens, flow = view.run(model.backbone, view.probe(model.backbone), taps)
         features = view.pool(model.backbone, tokens, flow)
         reached = [(site, probe, dy) for plugin in taps.seen for site, probe, dy in taps.seen[plugin]]
@@ -101,7 +101,7 @@ def prove_merged(model: Adapted, plain: nn.Module) -> None:
     """
     images = model.view.probe(plain)
     tolerance = MERGE_TOLERANCE[images.dtype]
-    with _eval_mode(model):
+    with eval_mode(model):
         expected, found = model(images), model.view.answer(plain, images)
         if expected.shape == found.shape and _error(found, expected) <= tolerance:
             return
@@ -129,7 +129,8 @@ def _below_head(model: Adapted) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into eval mode, and every part back into its own mode afterwards."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -172,7 +173,7 @@ class _Probes(Taps):
     def ask(
         self, plugin: Plugin, sites: Sequence[Site], x: Tensor, flow: Flow, residual: Tensor | None = None
     ) -> Sequence[Tensor]:
-        additions = super().ask(plugin, sites, x, flow, residual)
+        additions = side_by_side(super().ask(plugin, sites, x, flow, residual), sites)
         probes = [torch.zeros_like(dy, requires_grad=True) for dy in additions]
         rows = self.seen.setdefault(self.plugins.index(plugin), [])
         rows.extend(zip(sites, probes, additions, strict=True))

@@ -22,25 +22,32 @@ class Taps:
             for site in plugin.sites:
                 self.table.setdefault(site.name, []).append((plugin, site))
 
-    def linear(self, names: Sequence[str], x: Tensor, outputs: Sequence[Tensor], flow: Flow) -> Sequence[Tensor]:
-        """Returns the outputs of linear maps that share the input `x`, with the plugins' additions.
+    def linear(
+        self, names: Sequence[str], x: Tensor, outputs: Tensor | Sequence[Tensor], flow: Flow
+    ) -> Sequence[Tensor]:
+        """Returns the outputs of linear maps that share the input `x`, one per name, with the plugins' additions.
 
         Args:
             names: Sites of the maps, e.g. q, k and v.
             x: Shared input `[B, N, d_in]`.
-            outputs: One tensor `[B, N, d_out]` per name.
+            outputs: One tensor `[B, N, d_out]` per name, or one with equally wide outputs side by side, as a fused
+                map gives it: a plugin that sits at all of them then adds to all at once.
             flow: Facts about the tokens.
         """
+        total = outputs[0] if len(names) == 1 and not isinstance(outputs, Tensor) else outputs
         here = [pair for name in names for pair in self.table.get(name, ())]
-        if not here:
-            return outputs
-        total = dict(zip(names, outputs, strict=True))
-        for plugin in self.plugins:
+        for plugin in self.plugins if here else ():
             sites = [site for owner, site in here if owner is plugin]
-            if sites:
-                for site, dy in zip(sites, self.ask(plugin, sites, x, flow), strict=True):
-                    total[site.name] = total[site.name] + dy
-        return [total[name] for name in names]
+            if not sites:
+                continue
+            additions = self.ask(plugin, sites, x, flow)
+            if isinstance(total, Tensor) and isinstance(additions, Tensor) and len(sites) == len(names):
+                total = total + additions
+            else:
+                place = {site.name: dy for site, dy in zip(sites, side_by_side(additions, sites), strict=True)}
+                parts = total.chunk(len(names), dim=-1) if isinstance(total, Tensor) else total
+                total = [y + place[n] if n in place else y for n, y in zip(names, parts, strict=True)]
+        return total.chunk(len(names), dim=-1) if isinstance(total, Tensor) else total
 
     def branch(self, name: str, y: Tensor, x: Tensor, flow: Flow, residual: Tensor) -> Tensor:
         """Returns the residual stream `y` after a branch, with the plugins' additions.
@@ -53,7 +60,7 @@ class Taps:
             residual: Residual stream before the norm `[B, N, d]`.
         """
         for plugin, site in self.table.get(name, ()):
-            y = y + self.ask(plugin, [site], x, flow, residual)[0]
+            y = y + side_by_side(self.ask(plugin, [site], x, flow, residual), [site])[0]
         return y
 
     def tokens(self, name: str, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
@@ -65,9 +72,16 @@ class Taps:
 
     def ask(
         self, plugin: Plugin, sites: Sequence[Site], x: Tensor, flow: Flow, residual: Tensor | None = None
-    ) -> Sequence[Tensor]:
+    ) -> Tensor | Sequence[Tensor]:
         """Asks one plugin for its additions at sites that share one input."""
         assert isinstance(plugin, Bypass)
         if residual is None:
             return plugin.add_group(sites, x, flow)
         return [plugin.add(site, x, flow, residual) for site in sites]
+
+
+def side_by_side(additions: Tensor | Sequence[Tensor], sites: Sequence[Site]) -> Sequence[Tensor]:
+    """Returns additions as one tensor per site, whichever way a plugin gave them."""
+    if not isinstance(additions, Tensor):
+        return additions
+    return additions.split([site.d_out for site in sites], dim=-1) if len(sites) > 1 else (additions,)

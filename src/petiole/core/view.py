@@ -58,6 +58,10 @@ class View(ABC):
     def classifiers(self, model: nn.Module) -> Sequence[str]:
         """Returns the names of the classifier modules, empty where the model has none."""
 
+    def unused(self, model: nn.Module) -> Sequence[str]:
+        """Returns the names of parameters and modules that the model's own forward never reaches, e.g. mask tokens."""
+        return ()
+
     @abstractmethod
     def set_head(self, model: nn.Module, head: nn.Linear) -> None:
         """Writes a head into a plain copy of the model, in place of its classifier.

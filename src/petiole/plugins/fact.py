@@ -99,18 +99,21 @@ class FacT(Delta):
         return self.scale * blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
     def add(self, site: Site, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:
-        return self.add_group([site], x, flow)[0]
+        return self.add_group([site], x, flow)
 
-    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Sequence[Tensor]:
+    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Tensor:
         (batch, tokens), key, r = x.shape[:2], str(sites[0].width), self.rank
         rows, width = _blocks(sites[0])[0], sites[0].width
         x = F.pad(x, (0, rows * width - x.shape[-1])) if x.shape[-1] % width else x
+        # U and V act on every block of width d alike, so all blocks of all sites go through them in one product each
         code = (x.reshape(batch, tokens * rows, width) @ self.u[key].mT).reshape(batch, tokens, rows * r)
         cores = [self.cores(site) for site in sites]
         code = F.dropout(code @ (torch.cat(cores, dim=-1) if len(cores) > 1 else cores[0]), self.dropout, self.training)
         y = (code.reshape(batch, -1, r) @ self.v[key].mT).reshape(batch, tokens, -1)
+        if all(site.d_out % width == 0 for site in sites):
+            return y
         pieces = y.split([core.shape[-1] // r * width for core in cores], dim=-1)
-        return [piece[..., : site.d_out] for piece, site in zip(pieces, sites, strict=True)]
+        return torch.cat([piece[..., : site.d_out] for piece, site in zip(pieces, sites, strict=True)], dim=-1)
 
     def weight(self, site: Site) -> Tensor:
         (rows, columns), key, r = _blocks(site), str(site.width), self.rank

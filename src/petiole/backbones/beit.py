@@ -1,0 +1,58 @@
+"""timm's Beit: BEiT and BEiT-v2.
+
+x -> norm1 -> qkv (k without bias) -> attention + relative position bias -> proj -> gamma_1 -> drop_path1 -> +
+  -> norm2 -> fc1 -> act -> fc2 -> gamma_2 -> drop_path2 -> +
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.beit import Attention, Block
+from torch import Tensor
+
+from ..core.flow import Flow
+from ..core.taps import Taps
+from ._parts import run_linear, split_heads
+from ._timm import TimmView, attend, need_blocks, run_block, run_qkv
+
+
+class TimmBeit(TimmView):
+    """Walks timm's `Beit`; position biases belong to the whole grid, so with them there are no tokens sites."""
+
+    def is_bound(self, model: Any) -> bool:
+        biases = (block.attn.relative_position_bias_table for _, block in self.blocks(model))
+        return model.rel_pos_bias is not None or any(bias is not None for bias in biases)
+
+    def check(self, model: Any) -> None:
+        need_blocks(self, model, (Block,), (Attention,))
+
+    def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
+        x = model.patch_embed(images)
+        x = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = model.pos_drop(x if model.pos_embed is None else x + model.pos_embed)
+        shared = () if model.rel_pos_bias is None else (model.rel_pos_bias(),)
+        flow = Flow(model.num_prefix_tokens, model.patch_embed.grid_size)
+        for name, block in self.blocks(model):
+            attention = partial(run_attention, block.attn, f"{name}.attn", taps=taps, flow=flow, shared=shared)
+            x, flow = run_block(block, name, x, taps, flow, attention)
+        return model.norm(x), flow
+
+
+def run_attention(
+    attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow, shared: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Returns the attention's output `[B, N, d]` and its keys `[B, h, N, d_head]`.
+
+    Args:
+        attn: The attention module.
+        name: Its name.
+        x: Normed input `[B, N, d]`.
+        taps: Where to call out.
+        flow: Facts about the tokens.
+        shared: Position bias common to all blocks `[h, N, N]`, or nothing.
+    """
+    q, k, v = (split_heads(t, attn.num_heads) for t in run_qkv(attn, name, x, taps, flow))
+    own = () if attn.relative_position_bias_table is None else (attn._get_rel_pos_bias(),)
+    y = attend(attn, q, k, v, *own, *shared)
+    return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), k

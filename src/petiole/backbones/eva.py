@@ -1,0 +1,67 @@
+"""timm's Eva: EVA, EVA-02, DINOv3, ViTs with rotary positions, Perception Encoder.
+
+x -> norm1 -> q, k, v -> q_norm, k_norm -> rotate patches -> attention -> norm -> (gate) -> proj -> gamma_1
+  -> drop_path1 -> + -> norm2 -> (SwiGLU) MLP -> gamma_2 -> drop_path2 -> +
+post-norm blocks have their norms after the branches, and no gammas
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from torch import Tensor
+
+from ..core.flow import Flow
+from ..core.taps import Taps
+from ._timm import TimmView, drops_patches, need_blocks, patch_grid, run_attention, run_block, run_mlp
+
+
+class TimmEva(TimmView):
+    """Walks timm's `Eva`, with pre-norm or post-norm blocks.
+
+    In a post-norm block a branch sees the residual stream itself: there is no norm before it. Rotary positions belong
+    to the whole grid, so with them there are no tokens sites.
+    """
+
+    def is_bound(self, model: Any) -> bool:
+        return model.rope is not None
+
+    def check(self, model: Any) -> None:
+        need_blocks(self, model, (EvaBlock, EvaBlockPostNorm), (EvaAttention, AttentionRope))
+
+    def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
+        x, rope = model._pos_embed(model.patch_embed(images))
+        x = model.norm_pre(x)
+        flow = Flow(model.num_prefix_tokens, None if drops_patches(model) else patch_grid(model, images))
+        for i, (name, block) in enumerate(self.blocks(model)):
+            # mixed rotary positions are learnt per block
+            turn = None if rope is None else rotation(block.attn, rope[i] if model.rope_mixed else rope)
+            attention = partial(run_attention, block.attn, f"{name}.attn", taps=taps, flow=flow, turn=turn)
+            step = run_post_norm_block if isinstance(block, EvaBlockPostNorm) else run_block
+            x, flow = step(block, name, x, taps, flow, attention)
+        return model.norm(x), flow
+
+
+def rotation(attn: Any, rope: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the rotation of queries or keys `[B, h, N, d_head]` by position, which spares the prefix tokens."""
+    prefix = attn.num_prefix_tokens
+
+    def turn(t: Tensor) -> Tensor:
+        patches = apply_rot_embed_cat(t[:, :, prefix:], rope, half=attn.rotate_half)
+        return torch.cat([t[:, :, :prefix], patches], dim=2)
+
+    return turn
+
+
+def run_post_norm_block(
+    block: Any, name: str, x: Tensor, taps: Taps, flow: Flow, attention: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Flow]:
+    """Returns the residual stream after one post-norm block; arguments as in `run_block`."""
+    y, keys = attention(x)
+    x = taps.branch(f"{name}.attn", x + block.drop_path1(block.norm1(y)), x, flow, residual=x)
+    x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
+    y = run_mlp(block.mlp, f"{name}.mlp", x, taps, flow)
+    return taps.branch(f"{name}.mlp", x + block.drop_path2(block.norm2(y)), x, flow, residual=x), flow
