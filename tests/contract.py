@@ -1,0 +1,47 @@
+"""The contract table: every method with settings, and the parameter count its docstring promises.
+
+A new method is one row; `test_contract.py` asks a dozen properties of each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import petiole as pt
+from petiole.core.plugin import Plugin
+
+# the tiny ViT of the tests
+WIDTH, DEPTH = 32, 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with settings.
+
+    Args:
+        make: Makes a fresh plugin.
+        num_parameters: By the docstring's formula, on the tiny ViT.
+        is_identity: Whether a fresh plugin changes nothing, bit for bit.
+    """
+
+    make: Callable[[], Plugin]
+    num_parameters: int
+    is_identity: bool = True
+
+
+BACKBONE = 3 * 64 * WIDTH + WIDTH + WIDTH + 17 * WIDTH + DEPTH * (12 * WIDTH**2 + 13 * WIDTH) + 2 * WIDTH
+
+PLUGINS = {
+    "fact-tt": Row(lambda: pt.FacT(rank=3), 2 * WIDTH * 3 + 12 * DEPTH * 9),
+    "fact-tk": Row(lambda: pt.FacT(rank=3, form="tk", scale=10.0), 2 * WIDTH * 3 + 12 * DEPTH * 3 + 27),
+    "fact-tk-reference": Row(
+        lambda: pt.FacT(rank=3, form="tk", layout="reference"), 2 * WIDTH * 3 + 12 * DEPTH * 3 + 27
+    ),
+    "fact-qv": Row(lambda: pt.FacT(rank=3, roles=("q", "v")), 2 * WIDTH * 3 + 2 * DEPTH * 9),
+    "full": Row(pt.Full, BACKBONE),
+    "linear": Row(pt.Linear, 0),
+    "lora": Row(lambda: pt.LoRA(rank=4), 4 * DEPTH * WIDTH * 4),
+    "lora-all": Row(
+        lambda: pt.LoRA(rank=2, roles=("q", "k", "v", "proj", "fc1", "fc2"), scale=0.5),
+        DEPTH * 2 * (3 * 2 * WIDTH + 2 * WIDTH + 5 * WIDTH + 5 * WIDTH),
+    ),
+}
