@@ -1,0 +1,7 @@
+"""The plugin file: one safetensors file that is a working classifier."""
+
+from .container import atomic_write
+from .metadata import PluginInfo, TensorInfo, inspect
+from .plugin_file import load, save
+
+__all__ = ["PluginInfo", "TensorInfo", "atomic_write", "inspect", "load", "save"]
