@@ -1,0 +1,5 @@
+"""`python -m petiole` is the `petiole` command."""
+
+from .cli import main
+
+main()
