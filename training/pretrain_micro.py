@@ -6,9 +6,9 @@ Data: the 50,000 training images of the Tiny ImageNet part (200 classes) mixed w
 (180 classes of fruit, Caltech-101 and Fashion-MNIST) under one softmax over all 380 classes.
 
 Recipe: AdamW, constant learning rate after a warm-up and a linear decay to zero at the end (so that a run can be made
-longer by a larger `--steps`, or be brought home early by a smaller one). Half of the patches are dropped until the
-decay begins, which doubles the images per second; the decay sees every patch. The exported weights are the exponential
-moving average, as fp16.
+longer by a larger `--steps`, or be brought home early by a smaller one). Half of the patches are dropped, which doubles
+the images per second; the last `--finish` steps see every patch. The exported weights are the exponential moving
+average, as fp16.
 
 Every random number of step `t` comes from a generator seeded with `t`, and the state is written every
 `--save-every` steps, so a run that is stopped goes on where it was. `--init` starts from exported weights instead.
@@ -146,7 +146,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for state, log and weights")
     parser.add_argument("--init", type=Path, help="exported weights to start from")
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--decay", type=int, default=1500, help="steps of the final decay, without patch dropping")
+    parser.add_argument("--decay", type=int, default=1500, help="steps of the final decay of the learning rate")
+    parser.add_argument("--finish", type=int, default=500, help="last steps, which see every patch")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -162,7 +163,7 @@ def main() -> None:
         missing = model.load_state_dict({k: v.float() for k, v in load_file(args.init).items()}, strict=False)
         assert all(k.startswith("head.") for k in missing.missing_keys)
         assert not missing.unexpected_keys
-    ema = ModelEmaV3(model, decay=0.9995, use_warmup=True)
+    ema = ModelEmaV3(model, decay=0.998, use_warmup=True)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -182,7 +183,7 @@ def main() -> None:
 
     patch_drop, began, losses = model.patch_drop, time.time(), []
     while step < args.steps:
-        model.patch_drop = patch_drop if step < args.steps - args.decay else torch.nn.Identity()
+        model.patch_drop = patch_drop if step < args.steps - args.finish else torch.nn.Identity()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate(step, args.steps, args.decay)
         x, y = data.batch(step, args.batch)

@@ -89,9 +89,29 @@ class Bypass(Plugin):
         """
         return [self.add(site, x, flow) for site in sites]
 
+    def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
+        """Returns `y` with the additions of `add_group` side by side; override to save the temporary.
+
+        Args:
+            sites: All the linear sites behind `y`, in order.
+            x: Their shared input `[B, N, d_in]`.
+            y: Fresh output of the frozen map, `[B, N, sum of d_out]`; may be written into.
+            flow: Facts about the tokens.
+        """
+        additions = self.add_group(sites, x, flow)
+        return y + (additions if isinstance(additions, Tensor) else torch.cat(list(additions), dim=-1))
+
 
 class Delta(Bypass):
     """A bypass that is linear in `x`, so that it can be folded into the frozen weight."""
+
+    @abstractmethod
+    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Tensor | Sequence[Tensor]:
+        """Returns what is added at linear sites that share one input: one tensor a site, or all side by side."""
+
+    def add(self, site: Site, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:
+        addition = self.add_group([site], x, flow)
+        return addition if isinstance(addition, Tensor) else addition[0]
 
     @abstractmethod
     def weight(self, site: Site) -> Tensor:

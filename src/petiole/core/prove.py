@@ -172,9 +172,12 @@ class _Probes(Taps):
 
     def ask(
         self, plugin: Plugin, sites: Sequence[Site], x: Tensor, flow: Flow, residual: Tensor | None = None
-    ) -> Sequence[Tensor]:
+    ) -> list[Tensor]:
         additions = side_by_side(super().ask(plugin, sites, x, flow, residual), sites)
         probes = [torch.zeros_like(dy, requires_grad=True) for dy in additions]
         rows = self.seen.setdefault(self.plugins.index(plugin), [])
         rows.extend(zip(sites, probes, additions, strict=True))
         return [dy + probe for dy, probe in zip(additions, probes, strict=True)]
+
+    def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
+        return y + torch.cat(list(self.ask(plugin, sites, x, flow)), dim=-1)

@@ -40,11 +40,11 @@ class Taps:
             sites = [site for owner, site in here if owner is plugin]
             if not sites:
                 continue
-            additions = self.ask(plugin, sites, x, flow)
-            if isinstance(total, Tensor) and isinstance(additions, Tensor) and len(sites) == len(names):
-                total = total + additions
+            if isinstance(total, Tensor) and len(sites) == len(names):
+                total = self.onto(plugin, sites, x, total, flow)
             else:
-                place = {site.name: dy for site, dy in zip(sites, side_by_side(additions, sites), strict=True)}
+                additions = side_by_side(self.ask(plugin, sites, x, flow), sites)
+                place = {site.name: dy for site, dy in zip(sites, additions, strict=True)}
                 parts = total.chunk(len(names), dim=-1) if isinstance(total, Tensor) else total
                 total = [y + place[n] if n in place else y for n, y in zip(names, parts, strict=True)]
         return total.chunk(len(names), dim=-1) if isinstance(total, Tensor) else total
@@ -69,6 +69,11 @@ class Taps:
             assert isinstance(plugin, Reducer)
             x, flow = plugin.reduce(site, x, keys, flow)
         return x, flow
+
+    def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
+        """Asks one plugin to add to the output of all linear sites of a group at once."""
+        assert isinstance(plugin, Bypass)
+        return plugin.add_onto(sites, x, y, flow)
 
     def ask(
         self, plugin: Plugin, sites: Sequence[Site], x: Tensor, flow: Flow, residual: Tensor | None = None

@@ -18,6 +18,7 @@ from ..errors import BackboneError, PetioleError, PluginFileError
 from ..plugins import method
 from .container import one_line, write
 from .metadata import NUM_IMAGES, PluginInfo, class_name, describe, dtype_name, open_file
+from .stacking import stack, unstack
 
 # Relative error of the check's logits per dtype: other kernels and machines round otherwise, with room.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -55,7 +56,7 @@ def save(
     tensors = model.task_state() | _moved_buffers(model)
     _check_dtypes(model, tensors)
     _check_finite(tensors, "the model")
-    return write(path, tensors, describe(model, metrics or {}, notes, _expect(model)))
+    return write(path, stack(tensors), describe(model, metrics or {}, notes, _expect(model)))
 
 
 def load(path: str | os.PathLike[str], backbone: nn.Module | None = None, *, check: bool = True) -> Adapted:
@@ -80,7 +81,7 @@ def load(path: str | os.PathLike[str], backbone: nn.Module | None = None, *, che
         backbone = _build_backbone(info)
     view = _match(info, backbone)
     model = _rebuild(info, backbone, view)
-    _fill(model, tensors, info.path)
+    _fill(model, unstack(tensors), info.path)
     model.input_config = dict(info.input_config)
     model.eval()
     if check:

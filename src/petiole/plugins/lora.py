@@ -14,6 +14,7 @@ from ..core.flow import Flow
 from ..core.plugin import Delta
 from ..core.site import Site
 from ..errors import PluginError
+from ..nn.product import add_product
 from ._select import linear_sites
 
 
@@ -50,15 +51,20 @@ class LoRA(Delta):
         for down in self.down:
             nn.init.uniform_(down, -(down.shape[1] ** -0.5), down.shape[1] ** -0.5, generator=generator)
 
-    def add(self, site: Site, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:
-        return self.add_group([site], x, flow)[0]
-
     def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Sequence[Tensor]:
-        where = [self.index[site.name] for site in sites]
-        down = torch.cat([self.down[i] for i in where], dim=-2) if len(where) > 1 else self.down[where[0]]
-        code = F.dropout(x @ down.mT, self.dropout, self.training) * self.scale
-        codes = code.split(self.rank, dim=-1)
-        return [z @ self.up[i].mT for z, i in zip(codes, where, strict=True)]
+        codes = self.code(sites, x).split(self.rank, dim=-1)
+        return [code @ self.up[self.index[site.name]].mT for code, site in zip(codes, sites, strict=True)]
+
+    def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
+        if len(sites) > 1:
+            return super().add_onto(sites, x, y, flow)
+        return add_product(y, self.code(sites, x), self.up[self.index[sites[0].name]])
+
+    def code(self, sites: Sequence[Site], x: Tensor) -> Tensor:
+        """Returns the low-rank codes of sites that share `x`, side by side `[B, N, sites * rank]`."""
+        downs = [self.down[self.index[site.name]] for site in sites]
+        code = x @ (torch.cat(downs, dim=-2) if len(downs) > 1 else downs[0]).mT
+        return F.dropout(code, self.dropout, self.training) * self.scale
 
     def weight(self, site: Site) -> Tensor:
         i = self.index[site.name]

@@ -1,0 +1,66 @@
+"""Pure functions against plain loops."""
+
+import pytest
+import torch
+
+from petiole.nn.blocks import expand, num_blocks, tile
+from petiole.nn.product import add_product
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_num_blocks_counts_a_narrow_last_block() -> None:
+    assert [num_blocks(dim, 4) for dim in (1, 4, 5, 8)] == [1, 1, 2, 2]
+
+
+def test_tile_puts_each_block_in_its_place() -> None:
+    blocks = random(6, 2, 2)
+    matrix = tile(blocks, 3, 2)
+    for i in range(3):
+        for j in range(2):
+            assert torch.equal(matrix[2 * i : 2 * i + 2, 2 * j : 2 * j + 2], blocks[2 * i + j])
+
+
+def test_expand_equals_a_loop_over_blocks() -> None:
+    blocks, u, v = random(6, 2, 2), random(2, 5, seed=1), random(5, 2, seed=2)
+    dense = expand(tile(blocks, 3, 2), u, v)
+    assert dense.shape == (10, 15)
+    for i in range(3):
+        for j in range(2):
+            # row convention y = x W: the change of block (i, j) is u^T S v^T, and a weight is its transpose
+            expected = (u.T @ blocks[2 * i + j] @ v.T).T
+            torch.testing.assert_close(dense[5 * j : 5 * j + 5, 5 * i : 5 * i + 5], expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_add_product_equals_the_sum_with_its_gradients(blocks: int) -> None:
+    w, x = random(6 * blocks, 4).requires_grad_(), random(2, 5, 4, seed=1).requires_grad_()
+    code, up = random(2, 5 * blocks, 3, seed=2).requires_grad_(), random(6, 3, seed=3).requires_grad_()
+    found = add_product(x @ w.T, code, up)
+    expected = x @ w.T + (code @ up.T).reshape(2, 5, 6 * blocks)
+    torch.testing.assert_close(found, expected)
+    weights = random(*expected.shape, seed=4)
+    inputs = (w, x, code, up)
+    pairs = zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    )
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+
+
+def test_add_product_leaves_a_view_as_it_was() -> None:
+    base = random(2, 5, 12)
+    part = base[..., :6]
+    before = base.clone()
+    add_product(part, random(2, 5, 3), random(6, 3))
+    assert torch.equal(base, before)
+
+
+def test_add_product_takes_one_matrix_per_row() -> None:
+    y, code, ups = random(2, 5, 6), random(2, 5, 3, seed=1), random(2, 6, 3, seed=2)
+    expected = torch.stack([y[i] + code[i] @ ups[i].T for i in range(2)])
+    torch.testing.assert_close(add_product(y, code, ups), expected)
