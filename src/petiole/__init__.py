@@ -5,13 +5,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# public name -> module; imported at first use, so that `import petiole` stays light
+# public name -> module; imported at first use, so that `import petiole` stays light; type checkers read `__init__.pyi`
 _PUBLIC = {
     "Adapted": "core.adapted",
     "BackboneError": "errors",
     "FacT": "plugins.fact",
     "FitError": "errors",
-    "FitResult": "fit.loop",
+    "FitResult": "train.loop",
     "Full": "plugins.full",
     "Linear": "plugins.linear",
     "LoRA": "plugins.lora",
@@ -21,18 +21,18 @@ _PUBLIC = {
     "PluginFileError": "errors",
     "PluginInfo": "files",
     "ProofError": "errors",
-    "Recipe": "fit.recipe",
+    "Recipe": "train.recipe",
     "Task": "tasks",
     "TaskError": "errors",
     "Transform": "tasks",
-    "adapt": "adapt",
+    "adapt": "joining",
     "backbone": "backbones.bundled",
-    "fit": "fit.loop",
+    "fit": "train.loop",
     "inspect": "files",
     "load": "files",
-    "merge": "adapt",
+    "merge": "joining",
     "open_task": "tasks",
-    "predict": "fit.evaluate",
+    "predict": "train.evaluate",
     "save": "files",
 }
 

@@ -2,4 +2,6 @@
 
 from .cli import main
 
-main()
+# the workers of a data loader or launcher import this file again under another name
+if __name__ == "__main__":
+    main()

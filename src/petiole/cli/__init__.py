@@ -12,7 +12,15 @@ def main() -> None:
     from .app import app
 
     try:
-        app()
+        app(prog_name="petiole")
     except PetioleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+
+
+def _fail(text: str) -> None:
+    # in one piece, so that several processes do not write into each other's lines
+    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    sys.exit(1)

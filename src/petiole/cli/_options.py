@@ -1,11 +1,15 @@
 """Options that several commands share."""
 
+import difflib
+import importlib.util
+import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from ..core.adapted import Adapted
     from ..core.plugin import Plugin
 
 BackboneName = Annotated[
@@ -22,6 +26,13 @@ TASK_HELP = (
 )
 
 
+def method_names() -> list[str]:
+    """Returns the names of the methods, from the files of the plugins: their table would import torch for a help."""
+    spec = importlib.util.find_spec("petiole.plugins")
+    assert spec is not None
+    return sorted(m.name for m in pkgutil.iter_modules(spec.submodule_search_locations) if not m.name.startswith("_"))
+
+
 def build_plugin(method: str, settings: list[str]) -> "Plugin":
     """Returns a plugin from a method's name and `key=value` settings.
 
@@ -31,20 +42,73 @@ def build_plugin(method: str, settings: list[str]) -> "Plugin":
     import yaml
 
     from ..errors import PluginError
+    from ..plugins import METHODS
     from ..plugins import method as make
 
+    if method not in METHODS:
+        raise PluginError(f"no method is called {method!r}{nearest(method, METHODS)}: choose {_or(list(METHODS))}")
+    defaults = settings_of(method)
     values: dict[str, Any] = {}
     for setting in settings:
-        key, equals, value = setting.partition("=")
+        key, equals, text = setting.partition("=")
         if not equals:
             raise PluginError(f"--set takes key=value, e.g. --set rank=16; got {setting!r}")
-        values[key] = yaml.safe_load(value)
+        if key not in defaults:
+            has = f"it has {', '.join(defaults)}" if defaults else "it has none"
+            raise PluginError(f"{method} has no setting {key!r}{nearest(key, defaults)}: {has}")
+        try:
+            values[key] = _typed(yaml.safe_load(text), defaults[key])
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(
+                type(defaults[key]), "a name"
+            )
+            raise PluginError(f"--set {key} takes {wanted} (default {defaults[key]}), got {text!r}") from error
     return make(method, **values)
 
 
-def load_model(file: Path, backbone: str | None) -> Any:
-    """Returns the adapted model of a plugin file, on the named backbone or on the one the file names."""
-    from ..backbones.bundled import backbone as build
-    from ..files import load
+def settings_of(method: str) -> dict[str, Any]:
+    """Returns a method's settings with their defaults."""
+    import inspect
 
-    return load(file, None if backbone is None else build(backbone))
+    from ..plugins import METHODS
+
+    cls = getattr(importlib.import_module(f"petiole.plugins.{method}"), METHODS[method])
+    return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """Returns a value as its default's type; lists may be written `q,v`, numbers `1e-3`.
+
+    Raises:
+        ValueError: It cannot be one.
+    """
+    kind = type(default)
+    if kind in (list, tuple) and isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    if kind is float and not isinstance(value, bool):
+        return float(value)
+    if kind in (bool, int, str) and type(value) is not kind:
+        raise ValueError
+    return value
+
+
+def nearest(name: str, known: Any) -> str:
+    """Returns `, did you mean ...?` where a known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _or(names: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def load_model(file: Path, backbone: str | None) -> "Adapted":
+    """Returns the adapted model of a plugin file, on the named backbone or on the one the file names."""
+    import torch
+
+    from ..backbones.bundled import backbone as build
+    from ..files import inspect, load
+
+    inspect(file)  # a file that is none should not cost a download
+    model = load(file, None if backbone is None else build(backbone))
+    return model.to("cuda") if torch.cuda.is_available() else model

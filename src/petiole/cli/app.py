@@ -1,7 +1,11 @@
 """The list of commands."""
 
+from collections.abc import Callable
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
@@ -10,18 +14,92 @@ from .inspect import inspect
 from .merge import merge
 from .predict import predict
 
+# name, command, examples; a paragraph that begins with \b keeps its lines
+_COMMANDS: list[tuple[str, Callable[..., None], str]] = [
+    (
+        "fit",
+        fit,
+        """\b
+Examples:
+  petiole fit digits --method fact --set rank=8 --epochs 20
+  petiole fit photos/ --backbone vit_base_patch16_224.augreg_in21k --out runs/photos
+  accelerate launch -m petiole fit photos/ --backbone vit_base_patch16_224.augreg_in21k""",
+    ),
+    (
+        "eval",
+        evaluate,
+        """\b
+Examples:
+  petiole eval runs/digits-fact/plugin.safetensors digits
+  petiole eval pets.safetensors pets.npz --split val --json""",
+    ),
+    (
+        "predict",
+        predict,
+        """\b
+Examples:
+  petiole predict runs/digits-fact/plugin.safetensors scan.png
+  petiole predict pets.safetensors photos/ --top 3 --json""",
+    ),
+    (
+        "inspect",
+        inspect,
+        """\b
+Examples:
+  petiole inspect runs/digits-fact/plugin.safetensors
+  petiole inspect pets.safetensors --json""",
+    ),
+    (
+        "merge",
+        merge,
+        """\b
+Example:
+  petiole merge runs/digits-fact/plugin.safetensors digits.safetensors""",
+    ),
+    (
+        "doctor",
+        doctor,
+        """\b
+Examples:
+  petiole doctor micro
+  petiole doctor vit_small_patch16_224 --json""",
+    ),
+    (
+        "demo",
+        demo,
+        """\b
+Example:
+  petiole demo --out demo""",
+    ),
+]
+
 app = typer.Typer(
     name="petiole",
     help="Joins small plugins to one large pretrained model: kilobytes per task, one file each.",
+    epilog="""\b
+Examples:
+  petiole demo                             the main job from end to end
+  petiole fit photos/ --out runs/photos    one folder per class
+  petiole predict runs/photos/plugin.safetensors new/""",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(fit)
-app.command("eval")(evaluate)
-app.command()(predict)
-app.command()(inspect)
-app.command()(merge)
-app.command()(doctor)
-app.command()(demo)
+for _name, _command, _examples in _COMMANDS:
+    app.command(_name, epilog=_examples)(_command)
+
+
+def _version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"petiole {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def petiole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    """Joins small plugins to one large pretrained model: kilobytes per task, one file each."""

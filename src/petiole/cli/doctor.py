@@ -1,10 +1,13 @@
 """`petiole doctor`: what a backbone offers, and which methods are alive on it."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ._options import AsJson
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def doctor(
@@ -12,38 +15,26 @@ def doctor(
     pretrained: Annotated[bool, typer.Option(help="Load pretrained weights; random ones do for a proof")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print a backbone's sites and prove every method on it.
+    """Print a model's sites; prove every method on it.
 
-    Example: petiole doctor vit_small_patch16_224
+    Fails only where no view walks the model as its own forward does; a method that does not fit it is listed with the
+    reason.
     """
-    from ..adapt import adapt
     from ..backbones import view_of
     from ..backbones.bundled import backbone as build
     from ..core.prove import prove_view
-    from ..errors import PetioleError
-    from ..plugins import METHODS, method
     from . import _show
 
     host = build(model, pretrained=pretrained or model == "micro")
     view = view_of(host)
     prove_view(view, host)
-    sites = view.sites(host)
-    proofs = []
-    for name in METHODS:
-        try:
-            adapted = adapt(host, method(name), classes=["a", "b"])
-            count = sum(p.numel() for path, p in adapted.trained() if not path.startswith("head."))
-            proofs.append((name, "alive", count))
-        except PetioleError as error:
-            proofs.append((name, f"refused: {error}", 0))
+    sites, proofs = view.sites(host), _proofs(host)
     if as_json:
         rows = [{"site": s.name, "kind": s.kind, "d_in": s.d_in, "d_out": s.d_out} for s in sites]
-        methods = [{"method": n, "state": state, "parameters": count} for n, state, count in proofs]
-        _show.as_json({"model": model, "view": type(view).__name__, "sites": rows, "methods": methods})
+        _show.as_json({"model": model, "view": type(view).__name__, "sites": rows, "methods": proofs})
         return
-    _show.say(f"{model}: {type(view).__name__} walks it as its own forward does, bit for bit")
+    print(f"{model}: {type(view).__name__} walks it as its own forward does, bit for bit")
     blocks = {s.block for s in sites}
-    first = [s for s in sites if s.block == min(blocks)]
     _show.table(
         (f"site ({len(sites)} in {len(blocks)} blocks; the first block's)", "kind", "sees", "adds to", "weight"),
         [
@@ -54,7 +45,31 @@ def doctor(
                 str(s.d_out),
                 f"{s.weight.name}[{s.weight.start}:{s.weight.stop}]" if s.weight else "",
             )
-            for s in first
+            for s in sites
+            if s.block == min(blocks)
         ],
     )
-    _show.table(("method", "proof", "parameters"), [(n, state, f"{count:,}") for n, state, count in proofs])
+    settings = [", ".join(f"{key}={value}" for key, value in proof["settings"].items()) for proof in proofs]
+    _show.table(
+        ("method", "proof", "parameters", "settings"),
+        [(p["method"], p["state"], f"{p['parameters']:,}", text) for p, text in zip(proofs, settings, strict=True)],
+    )
+
+
+def _proofs(host: "nn.Module") -> list[dict]:  # type: ignore[type-arg]
+    """Returns for every method whether it is alive on a backbone, or why it refuses it."""
+    from ..errors import PetioleError
+    from ..joining import adapt
+    from ..plugins import METHODS, method
+    from ._options import settings_of
+
+    proofs = []
+    for name in METHODS:
+        try:
+            adapted = adapt(host, method(name), classes=["a", "b"])
+            state, trained = "alive", adapted.trained()
+            count = sum(p.numel() for path, p in trained if not path.startswith("head."))
+        except PetioleError as error:
+            state, count = f"refused: {' '.join(str(error).split())}", 0
+        proofs.append({"method": name, "state": state, "parameters": count, "settings": settings_of(name)})
+    return proofs

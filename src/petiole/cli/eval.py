@@ -15,31 +15,35 @@ def evaluate(
     backbone: OtherBackbone = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a plugin file on one split of a task.
-
-    Example: petiole eval runs/digits-fact/plugin.safetensors digits
-    """
+    """Score a plugin file on one split of a task."""
     from dataclasses import asdict
 
     from ..errors import TaskError
-    from ..fit.evaluate import evaluate as score
+    from ..files import inspect
     from ..tasks import open_task
     from ..tasks.cache import Pixels
     from ..tasks.transform import Transform
+    from ..train.config import check
+    from ..train.evaluate import evaluate as score
+    from ..train.progress import Progress
     from . import _show
-    from ._options import load_model
+    from ._options import load_model, nearest
 
+    inspect(file)
+    splits = ("train", "val", "test")
+    if split not in splits:
+        raise TaskError(f"no split is called {split!r}{nearest(split, splits)}: choose train, val or test")
     data = open_task(task, seed=seed)
-    images = {"train": data.train, "val": data.val, "test": data.test}.get(split)
+    images = getattr(data, split)
     if images is None:
-        raise TaskError(f"{data.name} has no split {split!r}: choose train, val or test, as far as the task has them")
+        has = [name for name in splits if getattr(data, name) is not None]
+        raise TaskError(f"{data.name} has no {split} split: choose {' or '.join(has)}")
     model = load_model(file, backbone)
-    if model.classes is not None and tuple(data.classes) != model.classes:
-        raise TaskError(
-            f"{file} knows {len(model.classes)} classes ({model.classes[0]}, ...), {data.name} has "
-            f"{len(data.classes)} ({data.classes[0]}, ...): they must be the same, in the same order"
-        )
-    scores = score(model, Pixels(images, Transform(model.input_config)))
+    check(model, data)
+    with Progress("reading images", len(images), is_aside=True) as bar:
+        pixels = Pixels(images, Transform(model.input_config), progress=lambda done, total: bar.at(done))
+    with Progress("scoring images", len(images), is_aside=True) as bar:
+        scores = score(model, pixels, progress=bar.at)
     if as_json:
         _show.as_json({"task": data.name, "split": split, **asdict(scores)})
         return

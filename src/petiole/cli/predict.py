@@ -1,11 +1,15 @@
 """`petiole predict`: classify images."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ._options import AsJson, OtherBackbone, PluginFile
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def predict(
@@ -15,23 +19,29 @@ def predict(
     backbone: OtherBackbone = None,
     as_json: AsJson = False,
 ) -> None:
-    """Classify images and print class and probability.
-
-    Example: petiole predict runs/digits-fact/plugin.safetensors scans/ --top 3 --json
-    """
-    from ..fit.evaluate import predict as classify
+    """Classify images: class and probability."""
     from ..tasks import load_images, open_image
+    from ..train.evaluate import predict as classify
+    from ..train.progress import Progress
     from . import _show
     from ._options import load_model
 
     paths = load_images(images)
     model = load_model(file, backbone)
-    names = model.classes or tuple(map(str, range(10**6)))
+
+    def opened(bar: Progress) -> "Iterator[Image.Image]":
+        for done, path in enumerate(paths, start=1):
+            yield open_image(path)
+            bar.at(done)
+
+    with Progress("classifying images", len(paths), is_aside=True) as bar:
+        probabilities = classify(model, opened(bar))
     answers = []
-    for path, row in zip(paths, classify(model, map(open_image, paths)), strict=True):
+    for path, row in zip(paths, probabilities, strict=True):
         best = row.topk(min(top, len(row)))
         pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        classes = [{"class": names[i], "probability": round(p, 4)} for p, i in pairs]
+        # where the backbone's own classifier answers, the names of its classes are not known
+        classes = [{"class": model.classes[i] if model.classes else str(i), "probability": p} for p, i in pairs]
         answers.append((str(path), classes))
     if as_json:
         _show.as_json([{"image": image, "classes": classes} for image, classes in answers])

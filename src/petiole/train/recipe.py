@@ -1,5 +1,6 @@
 """How to train."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,8 @@ class Recipe:
         lr: Peak learning rate.
         weight_decay: AdamW's weight decay, on every trained tensor.
         warmup_epochs: Epochs of linear warm-up, shortened to a tenth of a run of fewer than ten times as many.
-        drop_path: Stochastic depth in the backbone, growing linearly to this rate; None leaves the backbone's own.
+        drop_path: Stochastic depth in the backbone, growing linearly to this rate; None leaves the backbone's own. A
+            method that trains the head alone sees the backbone in eval mode, without it.
         label_smoothing: Share of the target spread over all classes.
         precision: `fp32`; `bf16` autocast; `auto` is bf16 on a GPU that has it and fp32 elsewhere.
         select: Which weights to keep: `best` of the epochs on the validation split, or `last`.
@@ -47,23 +49,24 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rules = {
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
-            "lr": self.lr > 0,
-            "weight_decay": self.weight_decay >= 0,
-            "warmup_epochs": self.warmup_epochs >= 0,
-            "drop_path": self.drop_path is None or 0 <= self.drop_path < 1,
-            "label_smoothing": 0 <= self.label_smoothing < 1,
-            "precision": self.precision in ("auto", "fp32", "bf16"),
-            "select": self.select in ("best", "last"),
-            "eval_every": self.eval_every >= 1,
-        }
-        for name, holds in rules.items():
-            if not holds:
-                raise FitError(f"{name} is out of range: got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "warmup_epochs", "eval_every", "seed"):
+            self._require(name, isinstance(getattr(self, name), int), "a whole number")
+        for name in ("epochs", "batch_size", "eval_every"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_epochs", "seed"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("lr", 0 < self.lr < math.inf, "above 0")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
+        self._require("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "from 0 to below 1")
+        self._require("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1")
+        self._require("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        self._require("select", self.select in ("best", "last"), "best or last")
 
     @property
     def warmup(self) -> float:
         """Epochs of warm-up as they are run."""
         return min(self.warmup_epochs, self.epochs / 10)
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise FitError(f"{name} must be {wanted}, got {getattr(self, name)!r}")

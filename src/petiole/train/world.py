@@ -1,13 +1,16 @@
 """Where a run takes place: one process, or several through Accelerate."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FitError
+from ..errors import FitError, PetioleError
+
+T = TypeVar("T")
 
 
 class World:
@@ -22,7 +25,7 @@ class World:
 
     def __init__(self, precision: str) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = _wants_bf16(precision)
+        self.bf16 = _wants_bf16(precision, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns the context of a forward pass."""
@@ -33,15 +36,19 @@ class World:
         return net, optimizer
 
     def backward(self, loss: Tensor) -> None:
-        """Runs the backward pass."""
+        """Runs the backward pass; gradients are the mean over all processes."""
         loss.backward()
 
     def sum(self, value: Tensor) -> Tensor:
         """Returns the sum of a tensor over all processes."""
         return value
 
-    def wait(self) -> None:
-        """Waits until every process is here."""
+    def first(self, function: Callable[[], T]) -> T:
+        """Returns in every process what a function returns in the first one, or raises what it raises there."""
+        return function()
+
+    def release(self) -> None:
+        """Waits until every process is here, and lets go of network and optimiser."""
 
 
 class Processes(World):
@@ -52,13 +59,17 @@ class Processes(World):
             from accelerate import Accelerator
         except ImportError as error:
             raise FitError("several processes need Accelerate: pip install 'petiole[dist]'") from error
-        self.bf16 = _wants_bf16(precision)
-        self.accelerator = Accelerator(mixed_precision="bf16" if self.bf16 else "no")
+        # On a machine without a GPU, Accelerate must be told so, or it takes torchrun's processes for strangers. Its
+        # own mixed precision would leave a wrapper on the model's forward: autocast is done here
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+        kind = str(self.accelerator.distributed_type.value)
+        if not kind.startswith("MULTI_"):
+            raise FitError(
+                f"fit trains in several processes by data parallelism (DDP), Accelerate is set up for {kind}"
+            )
         self.device = self.accelerator.device
+        self.bf16 = _wants_bf16(precision, self.device)
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return self.accelerator.autocast()
 
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         return self.accelerator.prepare(net, optimizer)
@@ -69,8 +80,23 @@ class Processes(World):
     def sum(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value)
 
-    def wait(self) -> None:
+    def first(self, function: Callable[[], T]) -> T:
+        from accelerate.utils import broadcast_object_list
+
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = function()
+            except PetioleError as error:
+                box[1] = error
+        broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def release(self) -> None:
         self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
 
 
 def find_world(precision: str) -> World:
@@ -78,5 +104,6 @@ def find_world(precision: str) -> World:
     return Processes(precision) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else World(precision)
 
 
-def _wants_bf16(precision: str) -> bool:
-    return precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+def _wants_bf16(precision: str, device: torch.device) -> bool:
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16" or (precision == "auto" and has_it)
