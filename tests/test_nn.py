@@ -64,3 +64,10 @@ def test_add_product_takes_one_matrix_per_row() -> None:
     y, code, ups = random(2, 5, 6), random(2, 5, 3, seed=1), random(2, 6, 3, seed=2)
     expected = torch.stack([y[i] + code[i] @ ups[i].T for i in range(2)])
     torch.testing.assert_close(add_product(y, code, ups), expected)
+
+
+def test_add_product_is_differentiated_by_torch_func() -> None:
+    w, x, code, up = random(6, 4), random(2, 5, 4, seed=1), random(2, 5, 3, seed=2), random(6, 3, seed=3)
+    found = torch.func.grad(lambda up: add_product(x @ w.T, code, up).square().sum())(up)
+    expected = torch.func.grad(lambda up: (x @ w.T + code @ up.T).square().sum())(up)
+    torch.testing.assert_close(found, expected)

@@ -29,11 +29,15 @@ def add_product(y: Tensor, code: Tensor, up: Tensor) -> Tensor:
 
 class _AddProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, code: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(code, up)
-        ctx.mark_dirty(y)
+    def forward(y: Tensor, code: Tensor, up: Tensor) -> Tensor:
         y.view(-1, up.shape[0]).addmm_(code, up.mT)
         return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        y, code, up = inputs
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(code, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,7 +44,7 @@ class FacT(Delta):
     def __init__(
         self,
         *,
-        rank: int = 16,
+        rank: int = 8,
         form: Literal["tt", "tk"] = "tt",
         roles: Sequence[str] | None = None,
         scale: float = 1.0,
