@@ -188,3 +188,15 @@ def test_compiles_to_one_graph(row: Row) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_reaches_the_twin_and_the_plugins_sites_alone() -> None:
+    backbone = vit()
+    model = pt.adapt(backbone, pt.LoRA(rank=2))
+    expected = model(IMAGES)
+    model.set_drop_path(0.5)
+    assert {site.drop_path for site in model.plugins[0].sites} == {0.0, 0.5}
+    assert torch.equal(model(IMAGES), expected), "in eval mode nothing may be dropped"
+    model.train()
+    assert not torch.equal(model(IMAGES), expected)
+    assert isinstance(backbone.blocks[1].drop_path1, nn.Identity)

@@ -52,7 +52,8 @@ class TimmView(View):
         blocks = list(self.blocks(model))
         for i, (_, block) in enumerate(blocks):
             p = rate * i / max(1, len(blocks) - 1)
-            block.drop_path1, block.drop_path2 = DropPath(p), DropPath(p)
+            # a new module is in training mode, whatever the block is in
+            block.drop_path1, block.drop_path2 = (DropPath(p).train(block.training) for _ in range(2))
 
     def input_config(self, model: Any) -> dict[str, Any]:
         cfg = resolve_model_data_config(model)

@@ -88,6 +88,18 @@ class Adapted(nn.Module):
         """Yields name and parameter of everything that is trained: plugins, head, tuned backbone tensors."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    def set_drop_path(self, rate: float) -> None:
+        """Sets stochastic depth in the twin, growing linearly from 0 in the first block to `rate`.
+
+        Raises:
+            BackboneError: The family has no stochastic depth.
+        """
+        self.view.set_drop_path(self.backbone, rate)
+        fresh = {site.name: site for site in self.view.sites(self.backbone)}
+        for plugin in self.taps.plugins:
+            plugin.sites = tuple(fresh[site.name] for site in plugin.sites)
+        self.taps = Taps(self.taps.plugins)
+
     def task_state(self) -> dict[str, Tensor]:
         """Returns what belongs to the task and not to the backbone: trained parameters and the plugins' buffers."""
         state = self.state_dict()

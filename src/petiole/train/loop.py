@@ -83,7 +83,7 @@ def fit(
     world = find_world(recipe.precision)
     is_shown = progress and world.rank == 0
     if recipe.drop_path is not None:
-        model.view.set_drop_path(model.backbone, recipe.drop_path)
+        model.set_drop_path(recipe.drop_path)
     model.to(world.device)
     # every image is read before anything is written
     transform = Transform(model.input_config)
