@@ -140,7 +140,7 @@ class Scripted:
     def __init__(self, *accuracies: float) -> None:
         self.accuracies, self.seen, self.num_tests = accuracies, [], 0
 
-    def __call__(self, model: pt.Adapted, pixels: Pixels, world: object) -> Scores:
+    def __call__(self, model: pt.Adapted, pixels: Pixels, world: object, seen: object = None) -> Scores:
         if len(pixels) == 7:
             self.num_tests += 1
             return Scores(0.25 * self.num_tests, 0.0, 7)

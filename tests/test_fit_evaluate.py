@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import petiole as pt
-from fitting import make_model, make_split, vit
+from fitting import make_model, make_split, make_task, vit
 from petiole.tasks import Pixels, Split, Transform
 from petiole.train.evaluate import evaluate, features, predict
 from petiole.train.world import World
@@ -107,3 +107,9 @@ def test_images_are_taken_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_image_gives_no_row() -> None:
     assert predict(make_model(), []).shape == (0, 3)
+
+
+def test_scores_from_features_are_those_from_images() -> None:
+    model = make_model(pt.Linear())
+    pixels = Pixels(make_task().train, Transform(model.input_config))
+    assert evaluate(model, pixels, seen=features(model, pixels, World("fp32"))) == evaluate(model, pixels)

@@ -38,6 +38,7 @@ def evaluate(
     world: World | None = None,
     batch_size: int = 256,
     progress: Callable[[int], object] | None = None,
+    seen: Tensor | None = None,
 ) -> Scores:
     """Returns a model's scores on a split; leaves the model in the mode it was in.
 
@@ -47,12 +48,13 @@ def evaluate(
         world: The processes that share the work, and their precision; by default this one alone, without autocast.
         batch_size: Images per forward pass.
         progress: Called with the number of this process's images that are done.
+        seen: What `features` returned for the split, where that is known: the head alone then runs.
 
     Raises:
         FitError: The model has no classes of its own, or the split has labels that it has no class for.
     """
     world = world or World("fp32")
-    if model.classes is None:
+    if model.classes is None or model.head is None:
         raise FitError("the model has no head of its own, so its answers are not the task's classes")
     device, num_classes = _device(model), len(model.classes)
     counts = torch.zeros(2, num_classes, dtype=torch.float64)
@@ -60,19 +62,22 @@ def evaluate(
     with eval_mode(model):
         for start in range(0, len(mine), batch_size):
             rows = mine[start : start + batch_size]
-            images, labels = pixels.batch(list(rows))
+            labels = pixels.labels[list(rows)]
             if int(labels.max()) >= num_classes:
                 raise FitError(f"label {int(labels.max())} has no class: the model knows {num_classes}")
             with world.autocast():
-                logits = model(pixels.transform.normalize(images.to(device)))
+                if seen is not None:
+                    logits = model.head(seen[list(rows)])
+                else:
+                    logits = model(pixels.transform.normalize(pixels.batch(list(rows))[0].to(device)))
             hits = logits.argmax(1).cpu() == labels
             counts[0] += torch.bincount(labels, hits.double(), minlength=num_classes)
             counts[1] += torch.bincount(labels, minlength=num_classes)
             if progress is not None:
                 progress(start + len(rows))
-    right, seen = world.sum(counts.float().to(world.device)).double().cpu()
-    present = seen > 0
-    return Scores(float(right.sum() / seen.sum()), float((right[present] / seen[present]).mean()), int(seen.sum()))
+    right, total = world.sum(counts.float().to(world.device)).double().cpu()
+    present = total > 0
+    return Scores(float(right.sum() / total.sum()), float((right[present] / total[present]).mean()), int(total.sum()))
 
 
 @torch.no_grad()

@@ -214,7 +214,9 @@ class _Job:
 
     def _score(self, name: str) -> dict[str, float]:
         split = self.splits.get(name)
-        return {} if split is None else {f"{name}_accuracy": evaluate(self.model, split, self.world).accuracy}
+        if split is None:
+            return {}
+        return {f"{name}_accuracy": evaluate(self.model, split, self.world, seen=self.steps.seen(split)).accuracy}
 
     def _seconds(self) -> float:
         return self.record.seconds + time.monotonic() - self.began

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,15 +40,17 @@ class Steps:
         self.per_epoch = math.ceil(len(train) / recipe.batch_size)
         self.total = recipe.epochs * self.per_epoch
         self.is_head_only = _is_head_only(model)
+        self._seen: dict[Pixels, Tensor] = {}
         self.raw = torch.optim.AdamW([p for _, p in model.trained()], recipe.lr, weight_decay=recipe.weight_decay)
         self.schedule = schedule(self.raw, recipe, self.per_epoch)
         net: nn.Module = model.head if self.is_head_only else model
         self.net, self.optimizer = world.prepare(net, self.raw)
 
-    @cached_property
-    def features(self) -> Tensor:
-        """What the head sees: where only the head is trained, the backbone's answers never change."""
-        return features(self.model, self.train, self.world)
+    def seen(self, pixels: Pixels) -> Tensor | None:
+        """Returns what the head sees, where only the head is trained: the backbone's answers then never change."""
+        if self.is_head_only and pixels not in self._seen:
+            self._seen[pixels] = features(self.model, pixels, self.world)
+        return self._seen.get(pixels)
 
     def take(self, step: int) -> tuple[float, int]:
         """Takes one step and returns the mean loss and the number of images of the whole batch.
@@ -84,8 +85,9 @@ class Steps:
         mine = batch[self.world.rank :: self.world.size]
         # a process without a share must take part all the same, with weight 0
         rows = mine or batch[:1]
-        if self.is_head_only:
-            x, labels = self.features[rows], self.train.labels[rows]
+        seen = self.seen(self.train)
+        if seen is not None:
+            x, labels = seen[rows], self.train.labels[rows]
         else:
             images, labels = self.train.batch(rows)
             x = self.train.transform.normalize(images.to(self.world.device))
