@@ -9,6 +9,8 @@ from ._options import AsJson
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..core.view import View
+
 
 def doctor(
     model: Annotated[str, typer.Argument(help="`micro` or a timm name with its tag")],
@@ -28,7 +30,7 @@ def doctor(
     host = build(model, pretrained=pretrained or model == "micro")
     view = view_of(host)
     prove_view(view, host)
-    sites, proofs = view.sites(host), _proofs(host)
+    sites, proofs = view.sites(host), _proofs(host, view)
     if as_json:
         rows = [{"site": s.name, "kind": s.kind, "d_in": s.d_in, "d_out": s.d_out} for s in sites]
         _show.as_json({"model": model, "view": type(view).__name__, "sites": rows, "methods": proofs})
@@ -56,17 +58,20 @@ def doctor(
     )
 
 
-def _proofs(host: "nn.Module") -> list[dict]:  # type: ignore[type-arg]
+def _proofs(host: "nn.Module", view: "View") -> list[dict]:  # type: ignore[type-arg]
     """Returns for every method whether it is alive on a backbone, or why it refuses it."""
+    from ..core.adapted import Adapted
+    from ..core.prove import prove_attached
     from ..errors import PetioleError
-    from ..joining import adapt
     from ..plugins import METHODS, method
     from ._options import settings_of
 
     proofs = []
     for name in METHODS:
         try:
-            adapted = adapt(host, method(name), classes=["a", "b"])
+            # not `adapt`, which would prove the walk again for every method
+            adapted = Adapted(host, view, [method(name)], ["a", "b"])
+            prove_attached(adapted)
             state, trained = "alive", adapted.trained()
             count = sum(p.numel() for path, p in trained if not path.startswith("head."))
         except PetioleError as error:

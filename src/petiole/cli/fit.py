@@ -44,6 +44,7 @@ def fit(
     from ..backbones.bundled import backbone as build
     from ..joining import adapt
     from ..tasks import open_task
+    from ..train.evaluate import num_trained
     from ..train.loop import fit as train
     from ..train.recipe import Recipe
     from . import _show
@@ -58,7 +59,7 @@ def fit(
     data = open_task(task, seed=seed)
     model = adapt(build(backbone), plugin, classes=data.classes, seed=seed)
     folder = out or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{data.name}-{method}")
-    trained = sum(p.numel() for _, p in model.trained())
+    trained = num_trained(model)
     if is_main := os.environ.get("RANK", "0") == "0":
         _show.say(f"{model} on {data.name}: {len(data.train)} images, {trained:,} trained parameters, into {folder}")
     try:
