@@ -11,6 +11,7 @@ from torch import nn
 import petiole as pt
 from contract import DEPTH, PLUGINS, WIDTH, Row
 from petiole.core.flow import Flow
+from petiole.core.here import Here
 from petiole.core.plugin import Delta
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -144,9 +145,18 @@ def test_delta_is_linear_and_merges(row: Row) -> None:
     plugin = model.plugins[0]
     if isinstance(plugin, Delta):
         for site in plugin.sites:
-            x = torch.randn(2, 5, site.d_in, generator=torch.Generator().manual_seed(2))
-            expected = x @ plugin.weight(site).mT
-            torch.testing.assert_close(plugin.add(site, x, Flow(1, None)), expected, rtol=1e-4, atol=1e-5)
+            weight, bias = model.frozen(site)
+            dw, db = plugin.change(site, weight, bias)
+            if site.kind == "affine":
+                x = y = torch.randn(2, 5, site.d_in, generator=torch.Generator().manual_seed(2))
+                # y = n * weight + bias for some normed n, whose weight and bias then change
+                expected = (y - bias) / weight * dw + db if weight.ndim == 1 else None
+            else:
+                x = torch.randn(2, 5, site.d_in, generator=torch.Generator().manual_seed(2))
+                y, expected = nn.functional.linear(x, weight, bias), nn.functional.linear(x, dw, db)
+            if expected is not None:
+                here = Here(Flow(1, None), None, (y,), (weight,))
+                torch.testing.assert_close(plugin.add(site, x, here), expected, rtol=1e-4, atol=1e-5)
     if plugin.sites and not isinstance(plugin, Delta):
         with pytest.raises(pt.MergeError, match="cannot be merged"):
             pt.merge(model)

@@ -13,10 +13,11 @@ import petiole as pt
 from models import CLASSES, MODELS, WIDTH
 from petiole.backbones import VIEWS, view_of
 from petiole.core.flow import Flow
+from petiole.core.here import Here
 from petiole.core.plugin import Bypass, Reducer
 from petiole.core.prove import prove_view
 from petiole.core.site import Site
-from petiole.core.taps import Taps
+from petiole.core.taps import Step, Taps
 
 RANDOM_IN_TRAINING = [
     "vit", "vit_unfused", "vit_patch_drop", "deit3", "beit", "beit_unfused", "eva", "eva02", "eva02_post_norm",
@@ -50,13 +51,28 @@ class Recorder(Taps):
     def __init__(self) -> None:
         super().__init__()
         self.linears: list[tuple[Sequence[str], Tensor, Sequence[Tensor], Flow]] = []
+        self.weights: list[Tensor] = []
         self.order: list[str] = []
         self.keys: list[tuple[Tensor, Tensor]] = []
 
+    def block(self, name: str, x: Tensor, flow: Flow, run: Step) -> tuple[Tensor, Flow]:
+        self.order.append(f"{name}.input")
+        return super().block(name, x, flow, run)
+
+    def affine(self, name: str, y: Tensor, flow: Flow) -> Tensor:
+        self.order.append(name)
+        return y
+
     def linear(
-        self, names: Sequence[str], x: Tensor, outputs: Tensor | Sequence[Tensor], flow: Flow
+        self,
+        names: Sequence[str],
+        x: Tensor,
+        outputs: Tensor | Sequence[Tensor],
+        weights: Tensor | Sequence[Tensor],
+        flow: Flow,
     ) -> Sequence[Tensor]:
-        parts = super().linear(names, x, outputs, flow)
+        parts = super().linear(names, x, outputs, weights, flow)
+        self.weights += weights.chunk(len(names)) if isinstance(weights, Tensor) else weights
         self.linears.append((names, x, parts, flow))
         self.order += names
         return parts
@@ -83,9 +99,9 @@ class Witness(Bypass):
         self.gain = nn.Parameter(torch.ones(()))
         self.seen: list[tuple[Site, Tensor, Flow, Tensor]] = []
 
-    def add(self, site: Site, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:
-        assert residual is not None
-        self.seen.append((site, x, flow, residual))
+    def add(self, site: Site, x: Tensor, here: Here) -> Tensor:
+        assert here.residual is not None
+        self.seen.append((site, x, here.flow, here.residual))
         return self.gain * x
 
 
@@ -166,6 +182,10 @@ def test_slots_reproduce_what_the_model_computes(name: str) -> None:
             assert x.shape[::2] == (2, site.d_in)
             assert output.shape == (*x.shape[:2], site.d_out)
             torch.testing.assert_close(F.linear(x, weight, bias), output, rtol=1e-5, atol=1e-5)
+    linear = [site.name for site in view.sites(model) if site.kind == "linear"]
+    for one, weight in zip(linear, taps.weights, strict=True):
+        slot = sites[one].weight
+        assert torch.equal(weight, state[slot.name][slot.start : slot.stop])
 
 
 @every_model
@@ -173,8 +193,11 @@ def test_sites_are_those_the_walk_calls_in_its_order(name: str) -> None:
     model = MODELS[name]()
     view, taps = view_of(model), Recorder()
     view.run(model, view.probe(model), taps)
-    called = [one for one in taps.order if not (name in BOUND and one.endswith(".tokens"))]
-    assert [site.name for site in view.sites(model)] == called
+    sites = [site.name for site in view.sites(model)]
+    assert sites == [one for one in taps.order if one in sites]
+    left_out = {one.rpartition(".")[2] for one in taps.order if one not in sites}
+    # norms without a weight are no sites, nor are places where tokens must not come or go
+    assert left_out <= {"norm", "norm1", "norm2"} | ({"tokens", "input"} if name in BOUND else set())
 
 
 @every_model
@@ -382,7 +405,7 @@ def test_plugins_inside_a_bypassed_qkv_module_really_train(name: str) -> None:
 @pytest.mark.parametrize("name", ["beit", "eva"])
 def test_biases_beside_a_fused_map_are_parameters_of_their_own(name: str) -> None:
     model = MODELS[name]()
-    biases = {site.role: site.bias and site.bias.name for site in view_of(model).sites(model)[:3]}
+    biases = {s.role: s.bias and s.bias.name for s in view_of(model).sites(model)[:6] if s.role in "qkv"}
     assert biases == {"q": "blocks.0.attn.q_bias", "k": None, "v": "blocks.0.attn.v_bias"}
 
 

@@ -53,7 +53,8 @@ class HFView(PlainView):
 
     def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Tensor]:
         outputs = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
-        parts = taps.linear((f"{name}.q", f"{name}.k", f"{name}.v"), x, outputs, flow)
+        weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
+        parts = taps.linear((f"{name}.q", f"{name}.k", f"{name}.v"), x, outputs, weights, flow)
         q, k, v = (t.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for t in parts)
         # each modelling file keeps its eager kernel beside its attention class
         eager = sys.modules[type(attn).__module__].eager_attention_forward
@@ -61,7 +62,7 @@ class HFView(PlainView):
         dropout = getattr(attn, self.dropout) if attn.training else 0.0
         y, _ = kernel(attn, q, k, v, None, dropout=dropout, scaling=getattr(attn, self.scale))
         y, proj = y.flatten(2).contiguous(), at(attn, self.wiring.proj)
-        return taps.linear((f"{name}.proj",), y, (proj(y),), flow)[0], k
+        return taps.linear((f"{name}.proj",), y, (proj(y),), proj.weight, flow)[0], k
 
     def start(self, model: Any, images: Tensor) -> tuple[Tensor, Flow]:
         """Returns the embedded tokens `[B, N, d]` and the facts about them."""

@@ -36,13 +36,14 @@ class MhaView(PlainView):
     def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Tensor]:
         # the host multiplies with tokens as the first axis; the same order of rows keeps every bit
         fused = F.linear(x.transpose(0, 1), attn.in_proj_weight, attn.in_proj_bias)
-        parts = taps.linear((f"{name}.q", f"{name}.k", f"{name}.v"), x, fused.transpose(0, 1), flow)
+        names = (f"{name}.q", f"{name}.k", f"{name}.v")
+        parts = taps.linear(names, x, fused.transpose(0, 1), attn.in_proj_weight, flow)
         q, k, v = (split_heads(t, attn.num_heads) for t in parts)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.dropout if attn.training else 0.0)
         y = y.permute(2, 0, 1, 3).flatten(2)
         # `out_proj` is read, not called, as the host does
         out = F.linear(y, attn.out_proj.weight, attn.out_proj.bias).transpose(0, 1)
-        return taps.linear((f"{name}.proj",), y.transpose(0, 1), (out,), flow)[0], k
+        return taps.linear((f"{name}.proj",), y.transpose(0, 1), (out,), attn.out_proj.weight, flow)[0], k
 
     def answer(self, model: Any, images: Tensor) -> Tensor:
         # an input that wants a gradient keeps the attention off its fused path

@@ -60,7 +60,7 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def run_linear(module: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> Tensor:
     """Returns a linear map's output with the plugins' additions."""
-    return taps.linear((name,), x, module(x), flow)[0]
+    return taps.linear((name,), x, module(x), module.weight, flow)[0]
 
 
 def linear_site(name: str, parameter: str, module: Any, block: int, width: int, drop_path: float = 0.0) -> Site:
@@ -77,6 +77,22 @@ def linear_site(name: str, parameter: str, module: Any, block: int, width: int, 
     d_out, d_in = module.weight.shape
     bias = None if module.bias is None else Slot(f"{parameter}.bias", 0, d_out)
     return Site(name, "linear", block, width, d_in, d_out, Slot(f"{parameter}.weight", 0, d_out), bias, drop_path)
+
+
+def affine_site(name: str, parameter: str, module: Any, block: int) -> list[Site]:
+    """Returns the site behind a norm or a patch convolution, nothing where it has no weight.
+
+    Args:
+        name: The site's name.
+        parameter: The module's name in the state dict.
+        module: The norm or convolution.
+        block: Index of the block it belongs to.
+    """
+    if getattr(module, "weight", None) is None:
+        return []
+    d = len(module.weight)
+    bias = None if getattr(module, "bias", None) is None else Slot(f"{parameter}.bias", 0, d)
+    return [Site(name, "affine", block, d, d, d, Slot(f"{parameter}.weight", 0, d), bias)]
 
 
 def fused_sites(

@@ -6,6 +6,7 @@ x -> norm1 -> q, k, v -> attention -> proj -> after1 -> + -> norm2 -> fc1 -> act
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..core.site import Site
 from ..core.taps import Taps
 from ..core.view import View
 from ..errors import BackboneError
-from ._parts import at, linear_site, need, run_linear
+from ._parts import affine_site, at, linear_site, need, run_linear
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Wiring:
         act: What lies between the maps.
         fc2: Second map of the MLP.
         after2: What its output passes before it is added.
+        patches: The patch convolution, seen from the body; empty where the walk cannot call out after it.
+        norm: The norm of all tokens after the last block, alike.
     """
 
     blocks: str
@@ -45,6 +48,8 @@ class Wiring:
     act: tuple[str, ...]
     fc2: str
     after2: tuple[str, ...]
+    patches: str = ""
+    norm: str = ""
 
 
 class PlainView(View):
@@ -108,27 +113,39 @@ class PlainView(View):
             attn, inner, rate = at(block, self.wiring.attn), f"{part}.{self.wiring.attn}", self.drop_path(block)
             proj = at(attn, self.wiring.proj)
             width = proj.weight.shape[0]
+            sites.append(Site(f"{name}.input", "input", i, width, width, width))
+            sites += affine_site(f"{name}.norm1", f"{part}.{self.wiring.norm1}", at(block, self.wiring.norm1), i)
             sites += self.qkv_sites(attn, f"{name}.attn", inner, i, width, rate)
             sites.append(linear_site(f"{name}.attn.proj", f"{inner}.{self.wiring.proj}", proj, i, width, rate))
             sites.append(Site(f"{name}.attn", "branch", i, width, width, width, drop_path=rate))
             sites.append(Site(f"{name}.tokens", "tokens", i, width, width, width))
+            sites += affine_site(f"{name}.norm2", f"{part}.{self.wiring.norm2}", at(block, self.wiring.norm2), i)
             for role, linear in self.mlp_maps(block).items():
                 sites.append(linear_site(f"{name}.mlp.{role}", f"{part}.{linear}", at(block, linear), i, width, rate))
             sites.append(Site(f"{name}.mlp", "branch", i, width, width, width, drop_path=rate))
-        return sites
+        ends = (("patch_embed", self.wiring.patches, 0), ("norm", self.wiring.norm, sites[-1].block))
+        first, last = (
+            affine_site(name, self.prefix(model) + part, at(self.body(model), part), i) if part else []
+            for name, part, i in ends
+        )
+        return [*first, *sites, *last]
 
     def run_blocks(self, model: Any, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Flow]:
         """Returns the residual stream after the last block, and what is now true of it."""
-        w = self.wiring
         for name, _, block in self.blocks(model):
-            h = at(block, w.norm1)(x)
-            y, keys = self.run_attention(at(block, w.attn), f"{name}.attn", h, taps, flow)
-            x = taps.branch(f"{name}.attn", x + through(block, w.after1, y), h, flow, residual=x)
-            x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
-            h = at(block, w.norm2)(x)
-            y = self.run_mlp(block, f"{name}.mlp", h, taps, flow)
-            x = taps.branch(f"{name}.mlp", x + through(block, w.after2, y), h, flow, residual=x)
-        return x, flow
+            x, flow = taps.block(name, x, flow, partial(self.run_block, block, name, taps))
+        return taps.leave(x, flow)
+
+    def run_block(self, block: Any, name: str, taps: Taps, x: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+        """Returns the residual stream after one block, and what is now true of it."""
+        w = self.wiring
+        h = taps.affine(f"{name}.norm1", at(block, w.norm1)(x), flow)
+        y, keys = self.run_attention(at(block, w.attn), f"{name}.attn", h, taps, flow)
+        x = taps.branch(f"{name}.attn", x + through(block, w.after1, y), h, flow, residual=x)
+        x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
+        h = taps.affine(f"{name}.norm2", at(block, w.norm2)(x), flow)
+        y = self.run_mlp(block, f"{name}.mlp", h, taps, flow)
+        return taps.branch(f"{name}.mlp", x + through(block, w.after2, y), h, flow, residual=x), flow
 
     def run_mlp(self, block: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> Tensor:
         """Returns the MLP's output `[B, N, d]`."""

@@ -14,7 +14,9 @@ from ..core.site import Site, Slot
 from ..core.taps import Taps
 from ..core.view import View
 from ..errors import MergeError
-from ._parts import fused_sites, linear_site, need, run_linear, thirds
+from ._parts import affine_site, fused_sites, linear_site, need, run_linear, thirds
+
+Attend = Callable[[Tensor, Flow], tuple[Tensor, Tensor]]
 
 
 class TimmView(View):
@@ -65,11 +67,21 @@ class TimmView(View):
         return {"name": cfg.get("architecture") or type(model).__name__, "tag": cfg.get("tag") or ""}
 
     def sites(self, model: Any) -> Sequence[Site]:
-        sites = [site for i, (name, block) in enumerate(self.blocks(model)) for site in block_sites(name, block, i)]
-        return [site for site in sites if site.kind != "tokens"] if self.is_bound(model) else sites
+        sites = [
+            site for i, (name, block) in enumerate(self.blocks(model)) for site in self.block_sites(name, block, i)
+        ]
+        if self.is_bound(model):
+            sites = [site for site in sites if site.kind not in ("tokens", "input")]
+        part = "norm" if getattr(model.patch_embed.norm, "weight", None) is not None else "proj"
+        patches = affine_site("patch_embed", f"patch_embed.{part}", getattr(model.patch_embed, part), 0)
+        return [*patches, *sites, *affine_site("norm", "norm", model.norm, sites[-1].block)]
+
+    def block_sites(self, name: str, block: Any, i: int) -> list[Site]:
+        """Returns the sites of one block, in the order of the walk."""
+        return block_sites(name, block, i)
 
     def is_bound(self, model: Any) -> bool:
-        """Whether the attention needs every token in its place, so that there are no tokens sites."""
+        """Whether the attention needs every token in its place, so that there are no tokens and no input sites."""
         return False
 
     def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
@@ -135,30 +147,33 @@ def run_qkv(attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Te
         taps: Where to call out.
         flow: Facts about the tokens.
     """
+    weights: Tensor | Sequence[Tensor]
     if attn.qkv is None:
         outputs: Tensor | Sequence[Tensor] = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
+        weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
     elif getattr(attn, "q_bias", None) is None:
         outputs = attn.qkv(x)
     else:
         # biases outside the map, so that the host itself reaches past `qkv`: a plugin hung on that module is dead
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         outputs = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
-    q, k, v = taps.linear((f"{name}.q", f"{name}.k", f"{name}.v"), x, outputs, flow)
+    weights = weights if attn.qkv is None else attn.qkv.weight
+    q, k, v = taps.linear((f"{name}.q", f"{name}.k", f"{name}.v"), x, outputs, weights, flow)
     return q, k, v
 
 
 def run_attention(
-    attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow, turn: Callable[[Tensor], Tensor] | None = None
+    attn: Any, name: str, taps: Taps, turn: Callable[[Tensor], Tensor] | None, x: Tensor, flow: Flow
 ) -> tuple[Tensor, Tensor]:
     """Returns the attention's output `[B, N, d]` and its keys `[B, h, N, d_head]`.
 
     Args:
         attn: An attention module with norms of q and k, and perhaps a gate or fewer heads for k and v than for q.
         name: Its name.
-        x: Normed input `[B, N, d]`.
         taps: Where to call out.
-        flow: Facts about the tokens.
         turn: Rotation of q and k by position, None for none.
+        x: Normed input `[B, N, d]`.
+        flow: Facts about the tokens.
     """
     gate = None if getattr(attn, "gate", None) is None else attn.gate(x).sigmoid()
     q, k, v = run_qkv(attn, name, x, taps, flow)
@@ -174,24 +189,22 @@ def run_attention(
     return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), k
 
 
-def run_block(
-    block: Any, name: str, x: Tensor, taps: Taps, flow: Flow, attention: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Flow]:
+def run_block(block: Any, name: str, taps: Taps, attention: Attend, x: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
     """Returns the residual stream after one pre-norm block, and what is now true of it.
 
     Args:
         block: The block.
         name: Its name.
-        x: Residual stream `[B, N, d]`.
         taps: Where to call out.
+        attention: From normed input and facts to the attention's output and its keys.
+        x: Residual stream `[B, N, d]`.
         flow: Facts about the tokens.
-        attention: From normed input to the attention's output and its keys.
     """
-    h = block.norm1(x)
-    y, keys = attention(h)
+    h = taps.affine(f"{name}.norm1", block.norm1(x), flow)
+    y, keys = attention(h, flow)
     x = taps.branch(f"{name}.attn", x + block.drop_path1(scaled(block, 1, y)), h, flow, residual=x)
     x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
-    h = block.norm2(x)
+    h = taps.affine(f"{name}.norm2", block.norm2(x), flow)
     y = run_mlp(block.mlp, f"{name}.mlp", h, taps, flow)
     return taps.branch(f"{name}.mlp", x + block.drop_path2(scaled(block, 2, y)), h, flow, residual=x), flow
 
@@ -208,7 +221,8 @@ def run_mlp(mlp: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> Tensor:
     """Returns an MLP's output `[B, N, d]`; plain, packed-gated and split-gated MLPs."""
     if isinstance(mlp, SwiGLU):
         parts = (mlp.fc1_g(x), mlp.fc1_x(x))
-        gate, value = taps.linear((f"{name}.fc1_g", f"{name}.fc1_x"), x, parts, flow)
+        weights = (mlp.fc1_g.weight, mlp.fc1_x.weight)
+        gate, value = taps.linear((f"{name}.fc1_g", f"{name}.fc1_x"), x, parts, weights, flow)
         h = mlp.act(gate) * value
     else:
         h = run_linear(mlp.fc1, f"{name}.fc1", x, taps, flow)
@@ -233,10 +247,13 @@ def block_sites(name: str, module: Any, block: int) -> list[Site]:
     rates = [getattr(drop, "drop_prob", 0.0) or 0.0 for drop in (module.drop_path1, module.drop_path2)]
     names = ("fc1_g", "fc1_x", "fc2") if isinstance(mlp, SwiGLU) else ("fc1", "fc2")
     return [
+        Site(f"{name}.input", "input", block, width, width, width),
+        *affine_site(f"{name}.norm1", f"{name}.norm1", module.norm1, block),
         *_qkv_sites(attn, f"{name}.attn", block, width, rates[0]),
         linear_site(f"{name}.attn.proj", f"{name}.attn.proj", attn.proj, block, width, rates[0]),
         Site(f"{name}.attn", "branch", block, width, width, width, drop_path=rates[0]),
         Site(f"{name}.tokens", "tokens", block, width, width, width),
+        *affine_site(f"{name}.norm2", f"{name}.norm2", module.norm2, block),
         *(linear_site(f"{name}.mlp.{n}", f"{name}.mlp.{n}", getattr(mlp, n), block, width, rates[1]) for n in names),
         Site(f"{name}.mlp", "branch", block, width, width, width, drop_path=rates[1]),
     ]

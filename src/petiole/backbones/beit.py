@@ -18,7 +18,7 @@ from ._timm import TimmView, attend, need_blocks, run_block, run_qkv
 
 
 class TimmBeit(TimmView):
-    """Walks timm's `Beit`; position biases belong to the whole grid, so with them there are no tokens sites."""
+    """Walks timm's `Beit`; position biases belong to the whole grid, so with them no token comes or goes."""
 
     def is_bound(self, model: Any) -> bool:
         biases = (block.attn.relative_position_bias_table for _, block in self.blocks(model))
@@ -28,29 +28,30 @@ class TimmBeit(TimmView):
         need_blocks(self, model, (Block,), (Attention,))
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
-        x = model.patch_embed(images)
+        flow = Flow(model.num_prefix_tokens, model.patch_embed.grid_size)
+        x = taps.affine("patch_embed", model.patch_embed(images), flow)
         x = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         x = model.pos_drop(x if model.pos_embed is None else x + model.pos_embed)
         shared = () if model.rel_pos_bias is None else (model.rel_pos_bias(),)
-        flow = Flow(model.num_prefix_tokens, model.patch_embed.grid_size)
         for name, block in self.blocks(model):
-            attention = partial(run_attention, block.attn, f"{name}.attn", taps=taps, flow=flow, shared=shared)
-            x, flow = run_block(block, name, x, taps, flow, attention)
-        return model.norm(x), flow
+            attention = partial(run_attention, block.attn, f"{name}.attn", taps, shared)
+            x, flow = taps.block(name, x, flow, partial(run_block, block, name, taps, attention))
+        x, flow = taps.leave(x, flow)
+        return taps.affine("norm", model.norm(x), flow), flow
 
 
 def run_attention(
-    attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow, shared: tuple[Tensor, ...]
+    attn: Any, name: str, taps: Taps, shared: tuple[Tensor, ...], x: Tensor, flow: Flow
 ) -> tuple[Tensor, Tensor]:
     """Returns the attention's output `[B, N, d]` and its keys `[B, h, N, d_head]`.
 
     Args:
         attn: The attention module.
         name: Its name.
-        x: Normed input `[B, N, d]`.
         taps: Where to call out.
-        flow: Facts about the tokens.
         shared: Position bias common to all blocks `[h, N, N]`, or nothing.
+        x: Normed input `[B, N, d]`.
+        flow: Facts about the tokens.
     """
     q, k, v = (split_heads(t, attn.num_heads) for t in run_qkv(attn, name, x, taps, flow))
     own = () if attn.relative_position_bias_table is None else (attn._get_rel_pos_bias(),)

@@ -15,34 +15,47 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
 from ..core.flow import Flow
+from ..core.site import Site
 from ..core.taps import Taps
-from ._timm import TimmView, drops_patches, need_blocks, patch_grid, run_attention, run_block, run_mlp
+from ._timm import Attend, TimmView, drops_patches, need_blocks, patch_grid, run_attention, run_block, run_mlp
 
 
 class TimmEva(TimmView):
     """Walks timm's `Eva`, with pre-norm or post-norm blocks.
 
     In a post-norm block a branch sees the residual stream itself: there is no norm before it. Rotary positions belong
-    to the whole grid, so with them there are no tokens sites.
+    to the whole grid, so with them there are no tokens and no
+    input sites.
     """
 
     def is_bound(self, model: Any) -> bool:
         return model.rope is not None
 
+    def block_sites(self, name: str, block: Any, i: int) -> list[Site]:
+        sites = super().block_sites(name, block, i)
+        if isinstance(block, EvaBlockPostNorm):
+            for norm, branch in (("norm1", "attn"), ("norm2", "mlp")):
+                moved = [site for site in sites if site.name == f"{name}.{norm}"]
+                sites = [site for site in sites if site not in moved]
+                end = [site.name for site in sites].index(f"{name}.{branch}")
+                sites[end:end] = moved
+        return sites
+
     def check(self, model: Any) -> None:
         need_blocks(self, model, (EvaBlock, EvaBlockPostNorm), (EvaAttention, AttentionRope))
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
-        x, rope = model._pos_embed(model.patch_embed(images))
-        x = model.norm_pre(x)
         flow = Flow(model.num_prefix_tokens, None if drops_patches(model) else patch_grid(model, images))
+        x, rope = model._pos_embed(taps.affine("patch_embed", model.patch_embed(images), flow))
+        x = model.norm_pre(x)
         for i, (name, block) in enumerate(self.blocks(model)):
             # mixed rotary positions are learnt per block
             turn = None if rope is None else rotation(block.attn, rope[i] if model.rope_mixed else rope)
-            attention = partial(run_attention, block.attn, f"{name}.attn", taps=taps, flow=flow, turn=turn)
+            attention = partial(run_attention, block.attn, f"{name}.attn", taps, turn)
             step = run_post_norm_block if isinstance(block, EvaBlockPostNorm) else run_block
-            x, flow = step(block, name, x, taps, flow, attention)
-        return model.norm(x), flow
+            x, flow = taps.block(name, x, flow, partial(step, block, name, taps, attention))
+        x, flow = taps.leave(x, flow)
+        return taps.affine("norm", model.norm(x), flow), flow
 
 
 def rotation(attn: Any, rope: Tensor) -> Callable[[Tensor], Tensor]:
@@ -57,11 +70,13 @@ def rotation(attn: Any, rope: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def run_post_norm_block(
-    block: Any, name: str, x: Tensor, taps: Taps, flow: Flow, attention: Callable[[Tensor], tuple[Tensor, Tensor]]
+    block: Any, name: str, taps: Taps, attention: Attend, x: Tensor, flow: Flow
 ) -> tuple[Tensor, Flow]:
     """Returns the residual stream after one post-norm block; arguments as in `run_block`."""
-    y, keys = attention(x)
-    x = taps.branch(f"{name}.attn", x + block.drop_path1(block.norm1(y)), x, flow, residual=x)
+    y, keys = attention(x, flow)
+    y = taps.affine(f"{name}.norm1", block.norm1(y), flow)
+    x = taps.branch(f"{name}.attn", x + block.drop_path1(y), x, flow, residual=x)
     x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
     y = run_mlp(block.mlp, f"{name}.mlp", x, taps, flow)
-    return taps.branch(f"{name}.mlp", x + block.drop_path2(block.norm2(y)), x, flow, residual=x), flow
+    y = taps.affine(f"{name}.norm2", block.norm2(y), flow)
+    return taps.branch(f"{name}.mlp", x + block.drop_path2(y), x, flow, residual=x), flow

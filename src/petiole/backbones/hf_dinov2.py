@@ -9,7 +9,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 from ..core.flow import Flow
 from ..core.taps import Taps
 from ._hf import HFView
-from ._parts import IMAGENET
+from ._parts import IMAGENET, run_linear
 from ._plain import Wiring
 
 
@@ -28,6 +28,7 @@ class HFDinov2(HFView):
         act=("mlp.activation_fn",),
         fc2="mlp.fc2",
         after2=("layer_scale2", "drop_path"),
+        norm="layernorm",
     )
     patches = "embeddings.patch_embeddings.projection"
     transform: ClassVar[dict[str, Any]] = {
@@ -47,14 +48,16 @@ class HFDinov2(HFView):
         if not hasattr(mlp, "gate_proj"):
             return super().run_mlp(block, name, x, taps, flow)
         parts = (mlp.gate_proj(x), mlp.up_proj(x))
-        gate, value = taps.linear((f"{name}.fc1_g", f"{name}.fc1_x"), x, parts, flow)
+        gate, value = taps.linear(
+            (f"{name}.fc1_g", f"{name}.fc1_x"), x, parts, (mlp.gate_proj.weight, mlp.up_proj.weight), flow
+        )
         h = mlp.act_fn(gate) * value
-        return taps.linear((f"{name}.fc2",), h, (mlp.down_proj(h),), flow)[0]
+        return run_linear(mlp.down_proj, f"{name}.fc2", h, taps, flow)
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
         x, flow = self.start(model, images)
         x, flow = self.run_blocks(model, x, taps, flow)
-        return self.body(model).layernorm(x), flow
+        return taps.affine("norm", self.body(model).layernorm(x), flow), flow
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         if not self.classifiers(model):

@@ -24,6 +24,7 @@ class HFViT(HFView):
         act=("mlp.activation_fn",),
         fc2="mlp.fc2",
         after2=("dropout",),
+        norm="layernorm",
     )
     patches = "embeddings.patch_embeddings.projection"
     transform: ClassVar[dict[str, Any]] = {
@@ -37,7 +38,7 @@ class HFViT(HFView):
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
         x, flow = self.start(model, images)
         x, flow = self.run_blocks(model, x, taps, flow)
-        return self.body(model).layernorm(x), flow
+        return taps.affine("norm", self.body(model).layernorm(x), flow), flow
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         pooler = self.body(model).pooler

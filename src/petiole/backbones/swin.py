@@ -5,6 +5,7 @@ x -> norm1 -> shift -> windows -> qkv -> attention + position bias, mask -> proj
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class TimmSwin(TimmView):
 
     Branch sites see the map as `[B, H * W, d]` with `flow.grid` of their stage; linear sites of the attention see
     its windows, padded and one after the other, `[B, windows * window area, d]`, which are no grid. There are no
-    tokens sites: a window needs all its tokens.
+    tokens and no input sites: a window needs all its tokens.
     """
 
     stack = "layers"
@@ -49,12 +50,14 @@ class TimmSwin(TimmView):
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
         x = model.patch_embed(images)
+        x = taps.affine("patch_embed", x, Flow(0, (x.shape[1], x.shape[2])))
         for s, stage in enumerate(model.layers):
             x = stage.downsample(x)
             for i, block in enumerate(stage.blocks):
-                x = run_block(block, f"layers.{s}.blocks.{i}", x, taps)
-        x = model.norm(x)
-        return x.flatten(1, 2), Flow(0, (x.shape[1], x.shape[2]))
+                name, flow = f"layers.{s}.blocks.{i}", Flow(0, (x.shape[1], x.shape[2]))
+                x, flow = taps.block(name, x, flow, partial(run_block, block, name, taps))
+        x = taps.affine("norm", model.norm(x), flow)
+        return x.flatten(1, 2), flow
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         return super().pool(model, _as_map(tokens, flow), flow)
@@ -68,16 +71,15 @@ def _as_map(tokens: Tensor, flow: Flow) -> Tensor:
     return tokens.unflatten(1, flow.grid)
 
 
-def run_block(block: Any, name: str, x: Tensor, taps: Taps) -> Tensor:
-    """Returns the map `[B, H, W, d]` after one block."""
-    grid = (x.shape[1], x.shape[2])
-    flow = Flow(0, grid)
-    h = block.norm1(x)
+def run_block(block: Any, name: str, taps: Taps, x: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+    """Returns the map `[B, H, W, d]` after one block, and the facts as they were."""
+    h = taps.affine(f"{name}.norm1", block.norm1(x), flow)
     y = x + block.drop_path1(run_windows(block, f"{name}.attn", h, taps))
     x = taps.branch(f"{name}.attn", y.flatten(1, 2), h.flatten(1, 2), flow, residual=x.flatten(1, 2))
-    h = block.norm2(x)
+    h = taps.affine(f"{name}.norm2", block.norm2(x), flow)
     y = x + block.drop_path2(run_mlp(block.mlp, f"{name}.mlp", h, taps, flow))
-    return taps.branch(f"{name}.mlp", y, h, flow, residual=x).unflatten(1, grid)
+    assert flow.grid is not None
+    return taps.branch(f"{name}.mlp", y, h, flow, residual=x).unflatten(1, flow.grid), flow
 
 
 def run_windows(block: Any, name: str, x: Tensor, taps: Taps) -> Tensor:

@@ -31,6 +31,8 @@ class TorchvisionViT(MhaView):
         act=("mlp.1", "mlp.2"),
         fc2="mlp.3",
         after2=("mlp.4",),
+        patches="conv_proj",
+        norm="encoder.ln",
     )
 
     def check(self, model: Any) -> None:
@@ -39,12 +41,12 @@ class TorchvisionViT(MhaView):
             need(model, self.classifiers(model)[0], nn.Linear)
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
-        x = model._process_input(images)
+        side = model.image_size // model.patch_size
+        x = taps.affine("patch_embed", model._process_input(images), flow := Flow(1, (side, side)))
         x = torch.cat([model.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = model.encoder.dropout(x + model.encoder.pos_embedding)
-        side = model.image_size // model.patch_size
-        x, flow = self.run_blocks(model, x, taps, Flow(1, (side, side)))
-        return model.encoder.ln(x), flow
+        x, flow = self.run_blocks(model, x, taps, flow)
+        return taps.affine("norm", model.encoder.ln(x), flow), flow
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         x = tokens[:, 0]

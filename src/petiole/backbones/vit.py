@@ -23,9 +23,11 @@ class TimmViT(TimmView):
         need_blocks(self, model, (Block,), (Attention,))
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         flow = Flow(model.num_prefix_tokens, None if drops_patches(model) else patch_grid(model, images))
+        patches = taps.affine("patch_embed", model.patch_embed(images), flow)
+        x = model.norm_pre(model.patch_drop(model._pos_embed(patches)))
         for name, block in self.blocks(model):
-            attention = partial(run_attention, block.attn, f"{name}.attn", taps=taps, flow=flow)
-            x, flow = run_block(block, name, x, taps, flow, attention)
-        return model.norm(x), flow
+            attention = partial(run_attention, block.attn, f"{name}.attn", taps, None)
+            x, flow = taps.block(name, x, flow, partial(run_block, block, name, taps, attention))
+        x, flow = taps.leave(x, flow)
+        return taps.affine("norm", model.norm(x), flow), flow

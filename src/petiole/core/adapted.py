@@ -98,7 +98,20 @@ class Adapted(nn.Module):
         fresh = {site.name: site for site in self.view.sites(self.backbone)}
         for plugin in self.taps.plugins:
             plugin.sites = tuple(fresh[site.name] for site in plugin.sites)
-        self.taps = Taps(self.taps.plugins)
+        self.taps = Taps(self.taps.plugins, self.taps.is_checkpointed)
+
+    def set_checkpointing(self, is_on: bool) -> None:
+        """Sets whether each block is computed again in the backward pass, which keeps only its input in memory."""
+        self.taps = Taps(self.taps.plugins, is_on)
+
+    def frozen(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight `[d_out, ...]` and the bias `[d_out]` behind a linear or affine site, before plugins."""
+        assert site.weight is not None
+        slots = (site.weight, site.bias)
+        tensors = dict(self.backbone.named_parameters())
+        weight, bias = (None if s is None else tensors[s.name].detach()[s.start : s.stop] for s in slots)
+        assert weight is not None
+        return weight, bias
 
     def task_state(self) -> dict[str, Tensor]:
         """Returns what belongs to the task and not to the backbone: trained parameters and the plugins' buffers."""
@@ -126,8 +139,9 @@ class Adapted(nn.Module):
         for plugin in self.taps.plugins:
             if isinstance(plugin, Delta):
                 for site in plugin.sites:
-                    _fold(tensors, site, site.weight, plugin.weight(site))
-                    _fold(tensors, site, site.bias, plugin.bias(site))
+                    changes = plugin.change(site, *self.frozen(site))
+                    for slot, change in zip((site.weight, site.bias), changes, strict=True):
+                        _fold(tensors, site, slot, change)
         if self.head is not None:
             self.view.set_head(plain, self.head)
         return plain.requires_grad_(True).eval()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import PluginError
 from .flow import Flow
+from .here import Here
 from .site import Site
 
 
@@ -69,36 +70,36 @@ class Bypass(Plugin):
     """
 
     @abstractmethod
-    def add(self, site: Site, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:
+    def add(self, site: Site, x: Tensor, here: Here) -> Tensor:
         """Returns what is added at one site.
 
         Args:
             site: One of `self.sites`.
-            x: What the frozen part sees `[B, N, d_in]`.
-            flow: Facts about the tokens.
-            residual: At a branch site, the residual stream before the norm `[B, N, width]`.
+            x: What the frozen part sees `[B, N, d_in]`; at an affine site what it gives.
+            here: What else is at hand.
 
         Returns:
             The addition `[B, N, d_out]`.
         """
 
-    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Tensor | Sequence[Tensor]:
+    def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Tensor | Sequence[Tensor]:
         """Returns `add` for linear sites that share one input; override to compute once what they share.
 
         One tensor `[B, N, d_out]` per site, or all side by side in one.
         """
-        return [self.add(site, x, flow) for site in sites]
+        return [self.add(site, x, here.only(i)) for i, site in enumerate(sites)]
 
-    def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
+    def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
         """Returns `y` with the additions of `add_group` side by side; override to save the temporary.
 
         Args:
-            sites: All the linear sites behind `y`, in order.
+            sites: All the sites behind `y`, in order.
             x: Their shared input `[B, N, d_in]`.
-            y: Fresh output of the frozen map, `[B, N, sum of d_out]`; may be written into.
-            flow: Facts about the tokens.
+            y: Fresh output of the frozen map, `[B, N, sum of d_out]`, which no other plugin adds to; may be written
+                into.
+            here: What else is at hand.
         """
-        additions = self.add_group(sites, x, flow)
+        additions = self.add_group(sites, x, here)
         return y + (additions if isinstance(additions, Tensor) else torch.cat(list(additions), dim=-1))
 
 
@@ -106,20 +107,22 @@ class Delta(Bypass):
     """A bypass that is linear in `x`, so that it can be folded into the frozen weight."""
 
     @abstractmethod
-    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Tensor | Sequence[Tensor]:
+    def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Tensor | Sequence[Tensor]:
         """Returns what is added at linear sites that share one input: one tensor a site, or all side by side."""
 
-    def add(self, site: Site, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:
-        addition = self.add_group([site], x, flow)
+    def add(self, site: Site, x: Tensor, here: Here) -> Tensor:
+        addition = self.add_group([site], x, here)
         return addition if isinstance(addition, Tensor) else addition[0]
 
     @abstractmethod
-    def weight(self, site: Site) -> Tensor:
-        """Returns the weight change `[d_out, d_in]` that `add` amounts to in eval mode."""
+    def change(self, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns the change of weight and bias that `add` amounts to in eval mode, None for an unchanged bias.
 
-    def bias(self, site: Site) -> Tensor | None:
-        """Returns the bias change `[d_out]`, None where there is none."""
-        return None
+        Args:
+            site: One of `self.sites`.
+            weight: The frozen weight there, `[d_out, d_in]` at a linear site, `[d_out, ...]` at an affine one.
+            bias: The frozen bias `[d_out]`, None where the map has none.
+        """
 
 
 class Reducer(Plugin):
@@ -133,6 +136,21 @@ class Reducer(Plugin):
             site: A tokens site.
             x: Residual stream after attention `[B, N, d]`.
             keys: The attention's keys `[B, h, N, d_head]`, as they meet the queries.
+            flow: Facts about the tokens.
+        """
+
+
+class Prompter(Plugin):
+    """A plugin that puts prompts, trained tokens, behind the prefix tokens; the walk takes them out at its end."""
+
+    @abstractmethod
+    def enter(self, site: Site, x: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+        """Returns the sequence with fresh prompts in place of the earlier ones, and what is now true of it.
+
+        Args:
+            site: An input site.
+            x: Residual stream at the input of a block `[B, N, d]`; the last `flow.num_prompts` of its prefix tokens
+                are prompts.
             flow: Facts about the tokens.
         """
 

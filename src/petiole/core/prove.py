@@ -7,10 +7,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import ProofError
 from .adapted import Adapted
 from .flow import Flow
+from .here import Here
 from .plugin import Delta, Plugin
 from .site import Site
 from .taps import Taps, side_by_side
@@ -80,7 +82,7 @@ def prove_attached(model: Adapted) -> None:
     for i, plugin in enumerate(plugins):
         called = {site.name for site, _, _ in taps.seen.get(i, ())}
         for site in plugin.sites:
-            if site.kind != "tokens" and site.name not in called:
+            if site.kind not in ("tokens", "input") and site.name not in called:
                 raise ProofError(f"{type(plugin).__name__} sits at {site.name}, but the walk never calls that site")
     for (site, _, dy), grad in zip(reached, grads[len(wanted) :], strict=True):
         if not dy.any():
@@ -109,10 +111,13 @@ def prove_merged(model: Adapted, plain: nn.Module) -> None:
             if not isinstance(plugin, Delta):
                 continue
             for site in plugin.sites:
+                if site.kind == "affine":
+                    continue  # it sees an output, so there is no map to set the change against
+                weight, bias = model.frozen(site)
                 x = torch.randn(1, 8, site.d_in, generator=torch.Generator().manual_seed(0)).to(images)
-                dy = x @ plugin.weight(site).mT + (0 if (b := plugin.bias(site)) is None else b)
-                if _error(dy, plugin.add(site, x, Flow(0, None))) > tolerance:
-                    raise ProofError(f"{type(plugin).__name__}.weight disagrees with .add at {site.name}")
+                here = Here(Flow(0, None), None, (F.linear(x, weight, bias),), (weight,))
+                if _error(F.linear(x, *plugin.change(site, weight, bias)), plugin.add(site, x, here)) > tolerance:
+                    raise ProofError(f"{type(plugin).__name__}.change disagrees with .add at {site.name}")
     raise ProofError(
         f"the merged model's logits differ from the adapted model's by {_error(found, expected):.1e} relative, "
         f"more than {tolerance:.0e}, though every site agrees"
@@ -170,14 +175,12 @@ class _Probes(Taps):
         super().__init__(plugins)
         self.seen: dict[int, list[tuple[Site, Tensor, Tensor]]] = {}
 
-    def ask(
-        self, plugin: Plugin, sites: Sequence[Site], x: Tensor, flow: Flow, residual: Tensor | None = None
-    ) -> list[Tensor]:
-        additions = side_by_side(super().ask(plugin, sites, x, flow, residual), sites)
+    def ask(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, here: Here) -> list[Tensor]:
+        additions = side_by_side(super().ask(plugin, sites, x, here), sites)
         probes = [torch.zeros_like(dy, requires_grad=True) for dy in additions]
         rows = self.seen.setdefault(self.plugins.index(plugin), [])
         rows.extend(zip(sites, probes, additions, strict=True))
         return [dy + probe for dy, probe in zip(additions, probes, strict=True)]
 
-    def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
-        return y + torch.cat(list(self.ask(plugin, sites, x, flow)), dim=-1)
+    def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
+        return y + torch.cat(list(self.ask(plugin, sites, x, here)), dim=-1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["linear", "branch", "tokens"]
+Kind = Literal["linear", "affine", "branch", "tokens", "input"]
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,16 @@ class Site:
 
     Args:
         name: Unique in the backbone, e.g. `blocks.3.attn.q`; the last part is the site's `role`.
-        kind: `linear` sees a linear map's input and adds to its output; `branch` sees the normed input of attention or
-            MLP and the residual stream, and adds to the residual stream; `tokens` sees the token sequence between
-            attention and MLP and may shorten it.
+        kind: `linear` sees a linear map's input and adds to its output; `affine` sees the output of a norm or of the
+            patch embedding and adds to it; `branch` sees the normed input of attention or MLP and the residual stream,
+            and adds to the residual stream; `tokens` sees the token sequence between attention and MLP and may shorten
+            it; `input` sees the token sequence at a block's input and may put prompts into it.
         block: Index of the block, counted from 0 over the whole backbone.
         width: Width of the residual stream here.
         d_in: Width of what the site sees.
         d_out: Width of what the site adds to.
-        weight: Rows of the weight `[d_out, d_in]` behind a linear site.
-        bias: Entries of the bias behind a linear site, None where the map has none.
+        weight: Rows of the weight behind a linear site `[d_out, d_in]` or an affine one `[d_out, ...]`.
+        bias: Entries of the bias behind it, None where there is none.
         drop_path: Stochastic-depth rate of the branch the site belongs to.
     """
 
@@ -51,5 +52,5 @@ class Site:
 
     @property
     def role(self) -> str:
-        """What the site is within its block: `q`, `k`, `v`, `proj`, `fc1`, `fc2`, `attn`, `mlp`, `tokens`."""
-        return self.name.rsplit(".", 1)[1]
+        """What the site is within its block: `norm1`, `q`, `k`, `v`, `proj`, `attn`, `fc1`, `fc2`, `mlp`, ..."""
+        return self.name.rpartition(".")[2]

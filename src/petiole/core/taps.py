@@ -1,29 +1,68 @@
 """The call-outs of a walk: where a view hands over to the plugins."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .flow import Flow
-from .plugin import Bypass, Plugin, Reducer
+from .here import Here
+from .plugin import Bypass, Plugin, Prompter, Reducer
 from .site import Site
+
+Step = Callable[[Tensor, Flow], tuple[Tensor, Flow]]
 
 
 class Taps:
     """Routes each call-out of a walk to the plugins that sit at that site; without plugins, everything passes through.
 
     Holds references only: the plugins belong to the adapted model.
+
+    Args:
+        plugins: Attached plugins.
+        is_checkpointed: Whether blocks are computed again in the backward pass instead of keeping their activations.
     """
 
-    def __init__(self, plugins: Iterable[Plugin] = ()) -> None:
-        self.plugins = tuple(plugins)
+    def __init__(self, plugins: Iterable[Plugin] = (), is_checkpointed: bool = False) -> None:
+        self.plugins, self.is_checkpointed = tuple(plugins), is_checkpointed
         self.table: dict[str, list[tuple[Plugin, Site]]] = {}
         for plugin in self.plugins:
             for site in plugin.sites:
                 self.table.setdefault(site.name, []).append((plugin, site))
 
+    def block(self, name: str, x: Tensor, flow: Flow, run: Step) -> tuple[Tensor, Flow]:
+        """Returns the residual stream after one block, and what is now true of it.
+
+        Args:
+            name: The block's name; its input site is `NAME.input`.
+            x: Residual stream at the block's input `[B, N, d]`.
+            flow: Facts about the tokens.
+            run: The block's walk; may be called once more in the backward pass, so it must not look at variables that
+                change.
+        """
+        for plugin, site in self.table.get(f"{name}.input", ()):
+            assert isinstance(plugin, Prompter)
+            x, flow = plugin.enter(site, x, flow)
+        if self.is_checkpointed and torch.is_grad_enabled():
+            x, flow = checkpoint(run, x, flow, use_reentrant=False)
+            return x, flow
+        return run(x, flow)
+
+    def leave(self, x: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+        """Returns the sequence after the last block without prompts, and what is now true of it."""
+        if not flow.num_prompts:
+            return x, flow
+        num_prefix = flow.num_prefix - flow.num_prompts
+        return torch.cat([x[:, :num_prefix], x[:, flow.num_prefix :]], dim=1), Flow(num_prefix, flow.grid)
+
     def linear(
-        self, names: Sequence[str], x: Tensor, outputs: Tensor | Sequence[Tensor], flow: Flow
+        self,
+        names: Sequence[str],
+        x: Tensor,
+        outputs: Tensor | Sequence[Tensor],
+        weights: Tensor | Sequence[Tensor],
+        flow: Flow,
     ) -> Sequence[Tensor]:
         """Returns the outputs of linear maps that share the input `x`, one per name, with the plugins' additions.
 
@@ -32,22 +71,42 @@ class Taps:
             x: Shared input `[B, N, d_in]`.
             outputs: One tensor `[B, N, d_out]` per name, or one with equally wide outputs side by side, as a fused
                 map gives it: a plugin that sits at all of them then adds to all at once.
+            weights: Their frozen weights `[d_out, d_in]`, one per name or one above the other, as `outputs`.
             flow: Facts about the tokens.
         """
         total = outputs[0] if len(names) == 1 and not isinstance(outputs, Tensor) else outputs
         here = [pair for name in names for pair in self.table.get(name, ())]
-        for plugin in self.plugins if here else ():
+        owners = [plugin for plugin in self.plugins if any(owner is plugin for owner, _ in here)] if here else []
+        if owners:
+            frozen = total.chunk(len(names), dim=-1) if isinstance(total, Tensor) else total
+            rows = weights.chunk(len(names)) if isinstance(weights, Tensor) else weights
+        for plugin in owners:
             sites = [site for owner, site in here if owner is plugin]
-            if not sites:
-                continue
-            if isinstance(total, Tensor) and len(sites) == len(names):
-                total = self.onto(plugin, sites, x, total, flow)
+            places = [names.index(site.name) for site in sites]
+            seen = Here(flow, None, tuple(frozen[i] for i in places), tuple(rows[i] for i in places))
+            if isinstance(total, Tensor) and len(sites) == len(names) and len(owners) == 1:
+                total = self.onto(plugin, sites, x, total, seen)
             else:
-                additions = side_by_side(self.ask(plugin, sites, x, flow), sites)
-                place = {site.name: dy for site, dy in zip(sites, additions, strict=True)}
-                parts = total.chunk(len(names), dim=-1) if isinstance(total, Tensor) else total
-                total = [y + place[n] if n in place else y for n, y in zip(names, parts, strict=True)]
+                additions = side_by_side(self.ask(plugin, sites, x, seen), sites)
+                parts = list(total.chunk(len(names), dim=-1) if isinstance(total, Tensor) else total)
+                for i, dy in zip(places, additions, strict=True):
+                    parts[i] = parts[i] + dy
+                total = parts
         return total.chunk(len(names), dim=-1) if isinstance(total, Tensor) else total
+
+    def affine(self, name: str, y: Tensor, flow: Flow) -> Tensor:
+        """Returns what a norm or the patch embedding gives, `[B, ..., d]`, with the plugins' additions."""
+        here = self.table.get(name, ())
+        if not here:
+            return y
+        tokens = y.reshape(len(y), -1, y.shape[-1])
+        total, seen = tokens, Here(flow, None, (tokens,))
+        for plugin, site in here:
+            if len(here) == 1:
+                total = self.onto(plugin, [site], tokens, total, seen)
+            else:
+                total = total + side_by_side(self.ask(plugin, [site], tokens, seen), [site])[0]
+        return total.reshape(y.shape)
 
     def branch(self, name: str, y: Tensor, x: Tensor, flow: Flow, residual: Tensor) -> Tensor:
         """Returns the residual stream `y` after a branch, with the plugins' additions.
@@ -60,7 +119,7 @@ class Taps:
             residual: Residual stream before the norm `[B, N, d]`.
         """
         for plugin, site in self.table.get(name, ()):
-            y = y + side_by_side(self.ask(plugin, [site], x, flow, residual), [site])[0]
+            y = y + side_by_side(self.ask(plugin, [site], x, Here(flow, residual)), [site])[0]
         return y
 
     def tokens(self, name: str, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
@@ -70,19 +129,15 @@ class Taps:
             x, flow = plugin.reduce(site, x, keys, flow)
         return x, flow
 
-    def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
-        """Asks one plugin to add to the output of all linear sites of a group at once."""
+    def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
+        """Asks one plugin to add to the output of all sites behind `y` at once."""
         assert isinstance(plugin, Bypass)
-        return plugin.add_onto(sites, x, y, flow)
+        return plugin.add_onto(sites, x, y, here)
 
-    def ask(
-        self, plugin: Plugin, sites: Sequence[Site], x: Tensor, flow: Flow, residual: Tensor | None = None
-    ) -> Tensor | Sequence[Tensor]:
+    def ask(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, here: Here) -> Tensor | Sequence[Tensor]:
         """Asks one plugin for its additions at sites that share one input."""
         assert isinstance(plugin, Bypass)
-        if residual is None:
-            return plugin.add_group(sites, x, flow)
-        return [plugin.add(site, x, flow, residual) for site in sites]
+        return plugin.add_group(sites, x, here)
 
 
 def side_by_side(additions: Tensor | Sequence[Tensor], sites: Sequence[Site]) -> Sequence[Tensor]:

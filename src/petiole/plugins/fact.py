@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.flow import Flow
+from ..core.here import Here
 from ..core.plugin import Delta
 from ..core.site import Site
 from ..errors import PluginError
@@ -99,21 +99,21 @@ class FacT(Delta):
         code = code @ torch.cat([self.cores(site) for site in sites], dim=-1)
         return F.dropout(code, self.dropout, self.training).reshape(batch, -1, r)
 
-    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Tensor:
+    def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Tensor:
         width = sites[0].width
         y = (self.code(sites, x) @ self.v[str(width)].mT).reshape(*x.shape[:2], -1)
-        if any(site.d_out % width for site in sites):
-            pieces = y.split([_grid(site)[1] * width for site in sites], dim=-1)
-            y = torch.cat([piece[..., : site.d_out] for piece, site in zip(pieces, sites, strict=True)], dim=-1)
-        return y
+        pieces = y.split([_grid(site)[1] * width for site in sites], dim=-1)
+        cut = [piece[..., : site.d_out] for piece, site in zip(pieces, sites, strict=True)]
+        return torch.cat(cut, dim=-1) if any(site.d_out % width for site in sites) else y
 
-    def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
+    def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
         if any(site.d_out % site.width for site in sites):
-            return super().add_onto(sites, x, y, flow)
+            return super().add_onto(sites, x, y, here)
         return add_product(y, self.code(sites, x), self.v[str(sites[0].width)])
 
-    def weight(self, site: Site) -> Tensor:
-        return expand(self.cores(site), self.u[str(site.width)], self.v[str(site.width)])[: site.d_out, : site.d_in]
+    def change(self, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
+        factors = (factor[str(site.width)] for factor in (self.u, self.v))
+        return expand(self.cores(site), *factors)[: site.d_out, : site.d_in], None
 
 
 def _grid(site: Site) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.flow import Flow
+from ..core.here import Here
 from ..core.plugin import Delta
 from ..core.site import Site
 from ..errors import PluginError
@@ -51,13 +51,13 @@ class LoRA(Delta):
         for down in self.down:
             nn.init.uniform_(down, -(down.shape[1] ** -0.5), down.shape[1] ** -0.5, generator=generator)
 
-    def add_group(self, sites: Sequence[Site], x: Tensor, flow: Flow) -> Sequence[Tensor]:
+    def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Sequence[Tensor]:
         codes = self.code(sites, x).split(self.rank, dim=-1)
         return [code @ self.up[self.index[site.name]].mT for code, site in zip(codes, sites, strict=True)]
 
-    def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, flow: Flow) -> Tensor:
+    def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
         if len(sites) > 1:
-            return super().add_onto(sites, x, y, flow)
+            return super().add_onto(sites, x, y, here)
         return add_product(y, self.code(sites, x), self.up[self.index[sites[0].name]])
 
     def code(self, sites: Sequence[Site], x: Tensor) -> Tensor:
@@ -66,6 +66,6 @@ class LoRA(Delta):
         code = x @ (torch.cat(downs, dim=-2) if len(downs) > 1 else downs[0]).mT
         return F.dropout(code, self.dropout, self.training) * self.scale
 
-    def weight(self, site: Site) -> Tensor:
+    def change(self, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         i = self.index[site.name]
-        return self.scale * (self.up[i] @ self.down[i])
+        return self.scale * (self.up[i] @ self.down[i]), None
