@@ -1,4 +1,4 @@
-"""Times one training step of every method against the floor and against PEFT's LoRA.
+"""Time and memory of one training step of every method, against the floor and against PEFT's LoRA.
 
     python benchmarks/train_step.py                                  # ViT-S/16 at 224, batch 8, one CPU thread
     python benchmarks/train_step.py --device cuda --model vit_base_patch16_224 --batch 64
@@ -6,13 +6,13 @@
 The floor is what no plugin on all blocks can go below: the frozen backbone's forward, the backward pass through its
 activations, and the head. All contestants take turns in one process, round by round, and each step is set against the
 floor's step of the same round, so that a slow spell of the machine reaches all alike; the ratio printed is the median
-of the rounds. On the CPU a step is timed in processor seconds of this process.
+of the rounds. On the CPU a step is timed in processor seconds of this process. `kept` is what the forward pass keeps
+for the backward pass beside the model's own tensors, each storage once; a GPU's peak is printed beside it.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import timm
 import torch
@@ -20,22 +20,26 @@ from torch import Tensor, nn
 
 import petiole as pt
 from petiole.core.adapted import Adapted
+from petiole.core.plugin import Plugin
 
 ALL = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
-def floor(backbone: nn.Module, head: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """Returns the forward whose backward runs through every block and trains the head alone."""
+class Floor(nn.Module):
+    """A frozen backbone and a head, whose backward pass runs through every block and trains the head alone."""
 
-    def forward(images: Tensor) -> Tensor:
-        x = backbone._pos_embed(backbone.patch_embed(images)).detach().requires_grad_()
-        x = backbone.norm(backbone.blocks(backbone.norm_pre(x)))
-        return head(backbone.forward_head(x, pre_logits=True))
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
 
-    return forward
+    def forward(self, images: Tensor) -> Tensor:
+        body = self.backbone
+        x = body._pos_embed(body.patch_embed(images)).detach().requires_grad_()
+        x = body.norm(body.blocks(body.norm_pre(x)))
+        return self.head(body.forward_head(x, pre_logits=True))
 
 
-def contestants(name: str, rank: int, device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
+def contestants(name: str, rank: int, device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     """Returns forward and trained tensors of each contestant by name, the floor first."""
 
     def fresh() -> nn.Module:
@@ -44,15 +48,25 @@ def contestants(name: str, rank: int, device: str) -> dict[str, tuple[Callable[[
 
     base = fresh()
     head = nn.Linear(base.num_features, 100).to(device)
-    out: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
-        "floor": (floor(base, head), list(head.parameters()))
-    }
+    out: dict[str, tuple[nn.Module, list[Tensor]]] = {"floor": (Floor(base, head), list(head.parameters()))}
 
-    def add(title: str, plugin: pt.Linear | pt.FacT | pt.LoRA | pt.Full) -> None:
+    def add(title: str, plugin: Plugin, is_checkpointed: bool = False) -> None:
         model: Adapted = pt.adapt(fresh(), plugin, classes=list(map(str, range(100)))).train()
+        model.set_checkpointing(is_checkpointed)
         out[title] = (model, [p for _, p in model.trained()])
 
     add("Linear", pt.Linear())
+    add("BitFit", pt.BitFit())
+    add("LayerNorm", pt.LayerNorm())
+    add("VPT-deep 10", pt.VPT(num_prompts=10))
+    add("AdaptFormer 8", pt.AdaptFormer(dim=8))
+    add("Adapter 8, Pfeiffer", pt.Adapter(dim=8))
+    add("Adapter 8, Houlsby", pt.Adapter(dim=8, placement="houlsby"))
+    add("SSF", pt.SSF())
+    add("RepAdapter 8", pt.RepAdapter(dim=8))
+    add("Convpass-attn 8", pt.Convpass(dim=8, roles=("attn",)))
+    add("Convpass 8", pt.Convpass(dim=8))
+    add("Convpass 8, checkpointed", pt.Convpass(dim=8), is_checkpointed=True)
     add(f"FacT-TT r={rank}", pt.FacT(rank=rank))
     add(f"FacT-TK r={rank}", pt.FacT(rank=rank, form="tk"))
     add(f"LoRA r={rank} q,v", pt.LoRA(rank=rank))
@@ -70,6 +84,22 @@ def contestants(name: str, rank: int, device: str) -> dict[str, tuple[Callable[[
     return out
 
 
+def kept(model: nn.Module, images: Tensor) -> int:
+    """Returns what a forward pass keeps for its backward pass [bytes], beside the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        answer = model(images)
+    del answer
+    return sum(size for place, size in storages.items() if place not in own)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224")
@@ -85,11 +115,11 @@ def main() -> None:
     images = torch.randn(args.batch, 3, 224, 224, device=args.device)
     labels = torch.randint(0, 100, (args.batch,), device=args.device)
 
-    def step(forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> float:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         now = time.process_time if args.device == "cpu" else time.perf_counter
         begin = now()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            loss = nn.functional.cross_entropy(forward(images), labels)
+            loss = nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -102,17 +132,27 @@ def main() -> None:
         runs = {n: r for n, r in runs.items() if n == "floor" or any(part in n for part in args.only.split(","))}
     optimizers = {n: torch.optim.AdamW(trained) for n, (_, trained) in runs.items()}
     times: dict[str, list[float]] = {n: [] for n in runs}
+    memory: dict[str, str] = {}
+    for name, (model, _) in runs.items():
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            memory[name] = f"{kept(model, images) / 2**20:9.0f}"
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step(model, optimizers[name])
+            memory[name] += f"{torch.cuda.max_memory_allocated() / 2**20:9.0f}"
     for i in range(args.rounds + 2):
-        for name, (forward, _) in runs.items():
-            seconds = step(forward, optimizers[name])
+        for name, (model, _) in runs.items():
+            seconds = step(model, optimizers[name])
             if i >= 2:
                 times[name].append(seconds)
     print(f"{args.model}, batch {args.batch}, {args.device}, {args.rounds} rounds, torch {torch.__version__}")
-    print(f"{'':24}{'ms a step':>11}{'x floor':>9}   spread of the ratio")
+    peak = f"{'peak MiB':>9}" if args.device == "cuda" else ""
+    print(f"{'':26}{'ms a step':>11}{'x floor':>9}{'kept MiB':>9}{peak}   spread of the ratio")
     for name, seconds in times.items():
         ratios = sorted(s / f for s, f in zip(seconds, times["floor"], strict=True))
         spread = f"{ratios[0]:.3f} .. {ratios[-1]:.3f}"
-        print(f"{name:24}{1000 * statistics.median(seconds):11.1f}{statistics.median(ratios):9.3f}   {spread}")
+        ratio = statistics.median(ratios)
+        print(f"{name:26}{1000 * statistics.median(seconds):11.1f}{ratio:9.3f}{memory[name]}   {spread}")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,22 @@ class Row:
     is_identity: bool = True
 
 
+def bottleneck(dim: int) -> int:
+    """Numbers in down and up and their biases."""
+    return 2 * WIDTH * dim + dim + WIDTH
+
+
 BACKBONE = 3 * 64 * WIDTH + WIDTH + WIDTH + 17 * WIDTH + DEPTH * (12 * WIDTH**2 + 13 * WIDTH) + 2 * WIDTH
 
 PLUGINS = {
+    "adapter": Row(lambda: pt.Adapter(dim=3), DEPTH * bottleneck(3)),
+    "adapter-houlsby": Row(lambda: pt.Adapter(dim=3, placement="houlsby", scale=0.1), 2 * DEPTH * bottleneck(3)),
+    "adaptformer": Row(lambda: pt.AdaptFormer(dim=5, scale=0.1), DEPTH * bottleneck(5)),
+    "adaptformer-unbiased": Row(lambda: pt.AdaptFormer(dim=5, scale=0.5, bias=False), DEPTH * 2 * WIDTH * 5),
+    "bitfit": Row(pt.BitFit, (11 * DEPTH + 2) * WIDTH),
+    "convpass": Row(lambda: pt.Convpass(dim=3, scale=0.1), 2 * DEPTH * (bottleneck(3) + 9 * 9 + 3)),
+    "convpass-attn": Row(lambda: pt.Convpass(dim=3, roles=("attn",), scale=0.1), DEPTH * (bottleneck(3) + 9 * 9 + 3)),
+    "convpass-dirac": Row(lambda: pt.Convpass(dim=3, scale=0.1, init="dirac"), 2 * DEPTH * (bottleneck(3) + 9 * 9 + 3)),
     "fact-tt": Row(lambda: pt.FacT(rank=3), 2 * WIDTH * 3 + 12 * DEPTH * 9),
     "fact-tk": Row(lambda: pt.FacT(rank=3, form="tk", scale=10.0), 2 * WIDTH * 3 + 12 * DEPTH * 3 + 27),
     "fact-tk-reference": Row(
@@ -38,10 +51,18 @@ PLUGINS = {
     ),
     "fact-qv": Row(lambda: pt.FacT(rank=3, roles=("q", "v")), 2 * WIDTH * 3 + 2 * DEPTH * 9),
     "full": Row(pt.Full, BACKBONE),
+    "layernorm": Row(pt.LayerNorm, (4 * DEPTH + 2) * WIDTH),
     "linear": Row(pt.Linear, 0),
     "lora": Row(lambda: pt.LoRA(rank=4), 4 * DEPTH * WIDTH * 4),
     "lora-all": Row(
         lambda: pt.LoRA(rank=2, roles=("q", "k", "v", "proj", "fc1", "fc2"), scale=0.5),
         DEPTH * 2 * (3 * 2 * WIDTH + 2 * WIDTH + 5 * WIDTH + 5 * WIDTH),
     ),
+    "repadapter": Row(pt.RepAdapter, DEPTH * 2 * (8 * WIDTH * 3 // 2 + 8 + WIDTH)),
+    "repadapter-attn": Row(
+        lambda: pt.RepAdapter(groups=4, roles=("attn",), scale=0.5, bias=False), DEPTH * 8 * WIDTH * 5 // 4
+    ),
+    "ssf": Row(pt.SSF, (22 * DEPTH + 4) * WIDTH),
+    "vpt-deep": Row(lambda: pt.VPT(num_prompts=3), DEPTH * 3 * WIDTH, is_identity=False),
+    "vpt-shallow": Row(lambda: pt.VPT(num_prompts=3, deep=False), 3 * WIDTH, is_identity=False),
 }

@@ -151,6 +151,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision": _torchvision(dropout=0.1, attention_dropout=0.1),
     "torchvision_representation": _torchvision(representation_size=24),
     "open_clip": _open_clip(ls_init_value=1.0, patch_dropout=0.3),
+    "open_clip_plain": _open_clip(ls_init_value=1.0),
     "open_clip_avg": _open_clip(pool_type="avg", final_ln_after_pool=True),
     "open_clip_attn_pool": _open_clip(attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=2),
 }

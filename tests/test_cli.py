@@ -4,8 +4,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -154,6 +155,7 @@ def test_fit_passes_every_option_on(petiole: Command) -> None:
     options = {
         "epochs": 2, "batch_size": 4, "lr": 0.02, "weight_decay": 0.3, "warmup_epochs": 1, "drop_path": 0.1,
         "label_smoothing": 0.2, "precision": "bf16", "select": "last", "eval_every": 2, "seed": 7,
+        "normalize": "imagenet", "resize": "crop", "augment": "fgvc", "train_on": "train+val",
     }  # fmt: skip
     args = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
     settings = ["-m", "lora", "-s", "rank=3", "-s", "roles=q,k", "-s", "scale=1e-1", "-s", "dropout=0"]
@@ -211,7 +213,7 @@ def test_fit_without_the_plot_extra_says_so(petiole: Command, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["squares", "-m", "lorra"], "no method is called 'lorra', did you mean 'lora'?: choose fact, "),
+        (["squares", "-m", "lorra"], "no method is called 'lorra', did you mean 'lora'?: choose "),
         (["squares", "-s", "rnk=4"], "fact has no setting 'rnk', did you mean 'rank'?: it has "),
         (["squares", "-m", "full", "-s", "rank=4"], "full has no setting 'rank': it has none"),
         (["squares", "-s", "rank"], "--set takes key=value, e.g. --set rank=16; got 'rank'"),
@@ -226,6 +228,16 @@ def test_fit_without_the_plot_extra_says_so(petiole: Command, monkeypatch: pytes
         (["squares", "--lr", "-1"], "lr must be above 0, got -1.0"),
         (["squares", "--select", "test"], "select must be best or last, got 'test'"),
         (["squares", "--precision", "fp8"], "precision must be auto, fp32 or bf16, got 'fp8'"),
+        (["squares", "--normalize", "zero"], "normalize must be backbone, imagenet, half or none, got 'zero'"),
+        ([], "nothing to learn was given: pass DATA, e.g. `petiole fit photos/`, or --recipe and --task"),
+        (["-r", "fact-tt-paper"], "nothing to learn was given: pass DATA"),
+        (["--task", "cifar"], "--task cifar is the row of a recipe: add --recipe, or pass cifar as DATA"),
+        (["squares", "-r", "convpass-papr"], "no recipe is called 'convpass-papr', did you mean 'convpass-paper'?"),
+        (["-r", "fact-tt-paper", "--task", "cifr"], "fact-tt-paper has a row per VTAB-1k task; 'cifr' is none, did yo"),
+        (["squares", "-r", "fact-tt-paper"], "fact-tt-paper has a row per VTAB-1k task; 'squares' is none: name one"),
+        (["squares", "-r", "default", "-m", "lora"], "the recipe default is of the method fact, not lora: leave --met"),
+        (["squares", "-r", "default", "-s", "rnk=3"], "fact has no setting 'rnk', did you mean 'rank'?"),
+        (["-r", "fact-tt-paper", "--task", "cifar"], "no task is called 'cifar'"),
         (["/nowhere/photos"], "no task is called '/nowhere/photos'"),
     ],
 )  # fmt: skip
@@ -241,6 +253,81 @@ def test_fit_refuses_another_runs_folder(petiole: Command) -> None:
     assert "(recipe.lr 0.001 -> 0.5): choose another folder" in answer.err.splitlines()[-1]
     assert answer.code == 1
     assert Path("run/plugin.safetensors").read_bytes() == before
+
+
+# fit with a recipe
+
+
+@pytest.fixture
+def cifar() -> None:
+    """A folder `cifar` with VTAB-1k's lists, of 6 + 3 + 3 images."""
+    split = make_split(12, 0)
+    Path("cifar").mkdir()
+    for name, rows in (("train800", range(6)), ("val200", range(6, 9)), ("test", range(9, 12))):
+        for i in rows:
+            split.images[i].save(f"cifar/{i}.png")
+        # every list has every class
+        Path(f"cifar/{name}.txt").write_text("".join(f"{i}.png {i % 3}\n" for i in rows))
+
+
+def config_of(folder: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(Path(folder, "config.yaml").read_text())
+
+
+@pytest.mark.parametrize("args", [("--task", "cifar"), ("cifar",), ("cifar", "--task", "cifar", "-m", "fact")])
+def test_fit_takes_method_settings_and_training_from_a_recipe(
+    args: tuple[str, ...], petiole: Command, cifar: None
+) -> None:
+    answer = petiole("fit", "--recipe", "fact-tt-paper", *args, "--epochs", "1")
+    plugin, recipe = pt.recipe("fact-tt-paper", "cifar")
+    config = config_of("runs/cifar-fact-tt-paper")
+    assert config["recipe"] == {**asdict(recipe), "epochs": 1}
+    assert config["plugins"] == [{"method": "fact", **plugin.settings()}]
+    assert (config["transform"]["mean"], config["transform"]["crop_mode"]) == ([0.485, 0.456, 0.406], "squash")
+    assert "9 images" in answer.err
+    assert "expected 71.3 % on cifar" in answer.err
+
+
+def test_fit_puts_options_before_the_recipes_values(petiole: Command, cifar: None) -> None:
+    given = ["--epochs", "1", "--lr", "0.5", "--normalize", "none", "--train-on", "train", "-s", "rank=2"]
+    assert petiole("fit", "cifar", "-r", "fact-tk-paper", *given, "-o", "run").code == 0
+    config = config_of("run")
+    assert config["recipe"].items() >= {"lr": 0.5, "normalize": "none", "train_on": "train", "resize": "squash"}.items()
+    assert config["plugins"][0].items() >= {"rank": 2, "scale": 0.1, "layout": "reference"}.items()
+    assert config["transform"]["std"] == [1.0, 1.0, 1.0]
+
+
+def test_fit_names_the_row_of_other_data(petiole: Command) -> None:
+    petiole("fit", "squares", "-r", "convpass-attn-paper", "--task", "dsprites_loc", "--epochs", "1")
+    plugin = config_of("runs/squares-convpass-attn-paper")["plugins"][0]
+    assert plugin.items() >= {"method": "convpass", "roles": ["attn"], "scale": 10.0, "init": "xavier"}.items()
+
+
+def test_fit_searches_what_a_recipes_row_would_say(petiole: Command) -> None:
+    grid = ["--grid", "scale=0.1,10", "--grid", "rank=2"]
+    answer = petiole("fit", "squares", "-r", "fact-tk-paper", *grid, "--epochs", "1", "-o", "run")
+    assert answer.code == 0, answer.err
+    config = config_of("run")
+    assert config["plugins"][0].items() >= {"rank": 2, "form": "tk", "layout": "reference"}.items()
+    assert config["recipe"].items() >= {"normalize": "imagenet", "train_on": "train+val"}.items()
+
+
+def test_help_of_fit_shows_the_defaults_of_a_recipe(petiole: Command) -> None:
+    text = " ".join(petiole("fit", "--help").out.split())
+    for field in fields(pt.Recipe):
+        option = text[text.index(f" --{field.name.replace('_', '-')} <") :]
+        default = "the recipe's, else" if field.name == "drop_path" else f"{field.default}]"
+        assert option[option.index("[default: ") :].startswith(f"[default: {default}")
+
+
+def test_eval_prepares_images_as_training_did(petiole: Command) -> None:
+    options = ["--normalize", "none", "--resize", "crop", "--epochs", "4", "--lr", "0.02"]
+    told = json.loads(petiole("fit", "squares", *options, "-o", "run", "--json").out)
+    scored = json.loads(petiole("eval", "run/plugin.safetensors", "squares", "--json").out)
+    assert scored["accuracy"] == pytest.approx(told["test_accuracy"])
+    assert "std (1.0, 1.0, 1.0)" in petiole("inspect", "run/plugin.safetensors").out
 
 
 def test_error_of_several_lines_becomes_one(petiole: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import petiole as pt
-from fitting import fit, make_model, make_task
+from fitting import fit, make_model, make_task, vit
 from petiole.train.world import Processes, World, find_world
 
 pytestmark = pytest.mark.slow
@@ -30,6 +30,8 @@ CASES = {
 }
 PLUGINS = {"fact": lambda: pt.FacT(rank=2, dropout=0.0), "full": pt.Full, "linear": pt.Linear}
 RECIPE = pt.Recipe(epochs=2, batch_size=5, lr=1e-3)
+# of the two, one diverges
+GRID = {"lr": [1e-2, 1e30], "rank": [1], "dropout": [0.0]}
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 
@@ -47,6 +49,8 @@ def both_processes(out: Path) -> None:
         fit(make_model(pt.Linear()), make_task(), RECIPE, out=out / "lora", progress=False)
     except pt.FitError as error:
         found["error"] = str(error)
+    result = pt.search(vit(), "fact", make_task(), GRID, RECIPE, out=out)
+    found["search"] = [[c.settings, c.val_accuracy, c.failure] for c in (*result.candidates, result.chosen)]
     found["gradients"] = {}
     for name, make in PLUGINS.items():
         # DDP by hand, without Accelerate and without find_unused_parameters
@@ -126,6 +130,17 @@ def test_two_processes_return_a_finished_run(both: Both) -> None:
 def test_error_of_the_first_process_is_everyones(both: Both) -> None:
     for found in both.found:
         assert "holds a run with other settings (plugins.0.method lora -> linear" in found["error"]
+
+
+def test_two_processes_search_as_one(both: Both) -> None:
+    alone = pt.search(vit(), "fact", make_task(), GRID, RECIPE, progress=False)
+    expected = [[c.settings, c.val_accuracy] for c in (*alone.candidates, alone.chosen)]
+    for found in both.found:
+        assert [row[:2] for row in found["search"]] == expected
+        assert found["search"][1][2].startswith("the loss became nan")
+    lines = (both.folder / "search" / "search.jsonl").read_text().splitlines()
+    assert [json.loads(line)["settings"] for line in lines] == [settings for settings, _ in expected[:2]]
+    assert len([line for line in both.printed if line.startswith("search: candidate")]) == 2
 
 
 @pytest.mark.parametrize("name", PLUGINS)

@@ -23,6 +23,7 @@ import test_contract
 from contract import DEPTH, WIDTH, Row
 from petiole.backbones import VIEWS, view_of
 from petiole.cli.app import app
+from petiole.core.plugin import Tuning
 from petiole.files import metadata
 from petiole.plugins import METHODS
 from petiole.tasks import BUILT_IN, Task
@@ -178,8 +179,10 @@ def test_counts_in_the_method_table_are_those_of_vit_b16() -> None:
     for _, code, _, parameters, num_bytes, _ in table(ROOT / "README.md", "method-table"):
         plugin = eval(code.strip("`"), {"pt": pt})
         plugin.attach(sites)
-        trained = vit if isinstance(plugin, pt.Full) else plugin
-        count = sum(p.numel() for p in trained.parameters())
+        count = sum(p.numel() for p in plugin.parameters())
+        if isinstance(plugin, Tuning):
+            owners = ((n, p, vit.get_submodule(n.rpartition(".")[0])) for n, p in vit.named_parameters())
+            count += sum(p.numel() for n, p, owner in owners if plugin.trains(n, owner))
         assert (parameters, num_bytes) == (f"{count:,}", f"{4 * count:,}"), code
 
 

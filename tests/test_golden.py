@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 import petiole as pt
 
@@ -25,16 +26,20 @@ def det(name: str, shape: tuple[int, ...], std: float) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape) * std)
 
 
+@torch.no_grad()
+def rebuild(model: nn.Module, std: float, prefix: str = "") -> nn.Module:
+    """Gives a backbone its golden weights; `std` is that of tensors with more than one dimension."""
+    for name, p in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            p.copy_(1 + det(prefix + name, p.shape, 0.1))
+        else:
+            p.copy_(det(prefix + name, p.shape, std if p.ndim > 1 else 0.05))
+    return model
+
+
 @pytest.fixture(scope="module")
 def vit() -> VisionTransformer:
-    model = VisionTransformer(embed_dim=768, depth=2, num_heads=12, num_classes=10).double().eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                p.copy_(1 + det(name, p.shape, 0.1))
-            else:
-                p.copy_(det(name, p.shape, 0.02 if p.ndim > 1 else 0.05))
-    return model
+    return rebuild(VisionTransformer(embed_dim=768, depth=2, num_heads=12, num_classes=10).double().eval(), 0.02)
 
 
 IMAGES = det("input", (2, 3, 224, 224), 1.0)
@@ -111,3 +116,58 @@ def test_fact_tk_agrees(vit: VisionTransformer) -> None:
         ("FacTv.weight", plugin.v),
     ):
         assert_gradient(p["768"].grad, tensors[f"fact_tk.{name}"])
+
+
+def convpass_tensors(plugin: pt.Convpass, method: str) -> dict[str, Tensor]:
+    """The plugin's parameters by the authors' names."""
+    named = {}
+    for i, site in enumerate(plugin.sites):
+        block, _, role = site.name.rpartition(".")
+        prefix = f"{method}.{block}.adapter_{role}.adapter_"
+        for part, weight, bias in (
+            ("down", plugin.down.weight, plugin.down.bias),
+            ("conv", plugin.conv, plugin.conv_bias),
+            ("up", plugin.up.weight, plugin.up.bias),
+        ):
+            named[f"{prefix}{part}.weight"], named[f"{prefix}{part}.bias"] = weight[i], bias[i]
+    return named
+
+
+@pytest.mark.parametrize(("name", "roles"), [("convpass", ("attn", "mlp")), ("convpass_attn", ("attn",))])
+def test_convpass_agrees(vit: VisionTransformer, name: str, roles: tuple[str, ...]) -> None:
+    expected = golden(name)
+    model = pt.adapt(vit, pt.Convpass(dim=expected["dim"], roles=roles, scale=expected["scale"]))
+    tensors = convpass_tensors(model.plugins[0], name)
+    assert {n: list(t.shape) for n, t in tensors.items()} == {n: t["shape"] for n, t in expected["tensors"].items()}
+    with torch.no_grad():
+        for n, tensor in tensors.items():
+            tensor.copy_(det(n, tensor.shape, expected["std"]))
+    logits = model(IMAGES)
+    assert_logits(logits, expected["logits"])
+    (logits * COTANGENT).sum().backward()
+    for n, tensor in tensors.items():
+        assert_gradient(tensor.grad, expected["tensors"][n])
+
+
+@pytest.fixture(scope="module")
+def swin() -> SwinTransformer:
+    expected = golden("convpass_swin")
+    model = SwinTransformer(**expected["config"]).double().eval()
+    assert {n: list(p.shape) for n, p in model.named_parameters()} == expected["parameters"]
+    return rebuild(model, expected["std_backbone"], "swin.")
+
+
+SMALL_IMAGES = det("swin.input", (2, 3, 112, 112), 1.0)
+
+
+@pytest.mark.parametrize(("name", "roles"), [("convpass", ("attn", "mlp")), ("convpass_attn", ("attn",))])
+def test_convpass_on_swin_agrees(swin: SwinTransformer, name: str, roles: tuple[str, ...]) -> None:
+    expected = golden("convpass_swin")
+    model = pt.adapt(swin, pt.Convpass(dim=expected["dim"], roles=roles, scale=expected["scale"]))
+    tensors = convpass_tensors(model.plugins[0], f"swin.{name}")
+    assert {n: list(t.shape) for n, t in tensors.items()} == expected["logits"][f"{name}_tensors"]
+    with torch.no_grad():
+        for n, tensor in tensors.items():
+            tensor.copy_(det(n, tensor.shape, expected["std_plugin"]))
+    assert_logits(swin(SMALL_IMAGES), expected["logits"]["plain"])
+    assert_logits(model(SMALL_IMAGES), expected["logits"][name])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from petiole.nn.blocks import expand, num_blocks, tile
+from petiole.nn.convolution import convolve
 from petiole.nn.product import add_product
 
 
@@ -71,3 +72,30 @@ def test_add_product_is_differentiated_by_torch_func() -> None:
     found = torch.func.grad(lambda up: add_product(x @ w.T, code, up).square().sum())(up)
     expected = torch.func.grad(lambda up: (x @ w.T + code @ up.T).square().sum())(up)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_convolve_equals_a_loop_over_the_grid(size: int) -> None:
+    x, kernels, biases = random(2, 2 + 6, 3), random(2, 4, 3, size, size, seed=1), random(2, 4, seed=2)
+    middle = size // 2
+    # one kernel per row of the batch; a prefix token sees the centre alone
+    expected = x[..., :1] * 0 + biases[:, None]
+    for b in range(2):
+        for t in range(2):
+            expected[b, t] += kernels[b, :, :, middle, middle] @ x[b, t]
+        for row in range(2):
+            for column in range(3):
+                for i in range(2):
+                    for j in range(3):
+                        down, right = i - row + middle, j - column + middle
+                        if 0 <= down < size and 0 <= right < size:
+                            expected[b, 2 + row * 3 + column] += kernels[b, :, :, down, right] @ x[b, 2 + i * 3 + j]
+    torch.testing.assert_close(convolve(x, 2, (2, 3), kernels, biases), expected)
+    for b in range(2):
+        torch.testing.assert_close(convolve(x[b : b + 1], 2, (2, 3), kernels[b], biases[b])[0], expected[b])
+
+
+def test_convolve_takes_a_grid_without_prefix_tokens() -> None:
+    x, kernel, bias = random(2, 6, 3), random(4, 3, 3, 3, seed=1), random(4, seed=2)
+    with_prefix = convolve(torch.cat([x[:, :1], x], dim=1), 1, (2, 3), kernel, bias)
+    torch.testing.assert_close(convolve(x, 0, (2, 3), kernel, bias), with_prefix[:, 1:])

@@ -8,6 +8,7 @@
     ├── PluginFileError    a plugin file that is damaged, foreign or made for another backbone
     ├── TaskError          data that cannot be read or does not make a task
     └── FitError           training that cannot start, go on or finish
+        └── DivergedError  training whose loss is no longer finite
 
 A message says what was asked, what was found and what to do. The command line prints it after `error:`, exit code 1.
 """
@@ -43,3 +44,7 @@ class TaskError(PetioleError):
 
 class FitError(PetioleError):
     """Training that cannot start, go on or finish."""
+
+
+class DivergedError(FitError):
+    """Training whose loss is no longer finite."""

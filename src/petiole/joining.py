@@ -6,8 +6,9 @@ from torch import nn
 
 from .backbones import view_of
 from .core.adapted import Adapted
-from .core.plugin import Plugin
+from .core.plugin import Plugin, Tuning
 from .core.prove import prove_attached, prove_merged, prove_view
+from .errors import PluginError
 
 
 def adapt(
@@ -38,6 +39,59 @@ def adapt(
     if prove:
         prove_attached(model)
     return model
+
+
+def only(model: Adapted, *methods: str) -> Adapted:
+    """Returns a model with some of an adapted model's plugins, by method, and the same head on the same backbone.
+
+    Args:
+        model: An adapted model, e.g. with FacT and Convpass.
+        methods: Names of the methods to keep, e.g. `"fact"`; none for the backbone and the head alone.
+
+    Raises:
+        PluginError: The model has no such plugin, or trains tensors of the backbone itself.
+
+    Example:
+        >>> import petiole as pt
+        >>> both = pt.adapt(pt.backbone("micro"), pt.FacT(rank=4), pt.Convpass(), classes=["cat", "dog"])
+        >>> alone = pt.only(both, "fact")
+    """
+    plugins = model.taps.plugins
+    names = [plugin.method for plugin in plugins]
+    if unknown := [method for method in methods if method not in names]:
+        raise PluginError(f"the model has no plugin {unknown[0]!r}: it has {', '.join(names) or 'none'}")
+    if tuned := [plugin.method for plugin in plugins if isinstance(plugin, Tuning)]:
+        raise PluginError(f"{tuned[0]} trains the backbone itself, which cannot be taken apart")
+    kept = [plugin.taken() for plugin in plugins if plugin.method in methods]
+    part = Adapted(model.backbone, model.view, kept, model.classes)
+    if model.head is not None and part.head is not None:
+        part.head.load_state_dict(model.head.state_dict())
+    part.input_config = dict(model.input_config)
+    return part
+
+
+def combine(plugins: Sequence[Plugin], factors: Sequence[float] | None = None) -> Plugin:
+    """Returns one plugin whose change is the sum of several plugins' changes, each times its factor. Exact.
+
+    Sums are of LoRA, of FacT or of SSF: ranks add up, and sums of FacT are tensor trains. A single plugin of any
+    method with a scale can be multiplied. The result is free to join a model by `adapt`.
+
+    Args:
+        plugins: Plugins of adapted models on one backbone, e.g. `model.plugins[0]`.
+        factors: One number each; 1 by default.
+
+    Raises:
+        PluginError: There is no exact sum: other methods, other sites.
+
+    Example:
+        >>> import petiole as pt
+        >>> models = [pt.adapt(pt.backbone("micro"), pt.LoRA(rank=4)) for _ in range(2)]
+        >>> mean = pt.combine([model.plugins[0] for model in models], [0.5, 0.5])
+        >>> model = pt.adapt(pt.backbone("micro"), mean, classes=["cat", "dog"])
+    """
+    from .plugins._combine import combine as combined
+
+    return combined(plugins, [1.0] * len(plugins) if factors is None else factors)
 
 
 def merge(model: Adapted) -> nn.Module:

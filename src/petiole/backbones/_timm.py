@@ -10,7 +10,7 @@ from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from ..core.flow import Flow
-from ..core.site import Site, Slot
+from ..core.site import Kind, Site, Slot
 from ..core.taps import Taps
 from ..core.view import View
 from ..errors import MergeError
@@ -70,8 +70,7 @@ class TimmView(View):
         sites = [
             site for i, (name, block) in enumerate(self.blocks(model)) for site in self.block_sites(name, block, i)
         ]
-        if self.is_bound(model):
-            sites = [site for site in sites if site.kind not in ("tokens", "input")]
+        sites = [site for site in sites if site.kind not in self.absent(model)]
         part = "norm" if getattr(model.patch_embed.norm, "weight", None) is not None else "proj"
         patches = affine_site("patch_embed", f"patch_embed.{part}", getattr(model.patch_embed, part), 0)
         return [*patches, *sites, *affine_site("norm", "norm", model.norm, sites[-1].block)]
@@ -80,9 +79,10 @@ class TimmView(View):
         """Returns the sites of one block, in the order of the walk."""
         return block_sites(name, block, i)
 
-    def is_bound(self, model: Any) -> bool:
-        """Whether the attention needs every token in its place, so that there are no tokens and no input sites."""
-        return False
+    def absent(self, model: Any) -> Sequence[Kind]:
+        """Returns the kinds of sites there are none of: `tokens` where the attention needs every patch in its place,
+        `input` where it takes no tokens beside the model's own."""
+        return ()
 
     def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
         """Yields name and module of each block, in the order of the walk."""
@@ -163,7 +163,7 @@ def run_qkv(attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Te
 
 
 def run_attention(
-    attn: Any, name: str, taps: Taps, turn: Callable[[Tensor], Tensor] | None, x: Tensor, flow: Flow
+    attn: Any, name: str, taps: Taps, turn: Callable[[Tensor, Flow], Tensor] | None, x: Tensor, flow: Flow
 ) -> tuple[Tensor, Tensor]:
     """Returns the attention's output `[B, N, d]` and its keys `[B, h, N, d_head]`.
 
@@ -180,7 +180,7 @@ def run_attention(
     q, k, v = (t.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for t in (q, k, v))
     q, k = attn.q_norm(q), attn.k_norm(k)
     if turn is not None:
-        q, k = turn(q).type_as(v), turn(k).type_as(v)
+        q, k = turn(q, flow).type_as(v), turn(k, flow).type_as(v)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

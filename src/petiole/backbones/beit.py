@@ -4,6 +4,7 @@ x -> norm1 -> qkv (k without bias) -> attention + relative position bias -> proj
   -> norm2 -> fc1 -> act -> fc2 -> gamma_2 -> drop_path2 -> +
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from timm.models.beit import Attention, Block
 from torch import Tensor
 
 from ..core.flow import Flow
+from ..core.site import Kind
 from ..core.taps import Taps
 from ._parts import run_linear, split_heads
 from ._timm import TimmView, attend, need_blocks, run_block, run_qkv
@@ -20,9 +22,10 @@ from ._timm import TimmView, attend, need_blocks, run_block, run_qkv
 class TimmBeit(TimmView):
     """Walks timm's `Beit`; position biases belong to the whole grid, so with them no token comes or goes."""
 
-    def is_bound(self, model: Any) -> bool:
+    def absent(self, model: Any) -> Sequence[Kind]:
         biases = (block.attn.relative_position_bias_table for _, block in self.blocks(model))
-        return model.rel_pos_bias is not None or any(bias is not None for bias in biases)
+        is_bound = model.rel_pos_bias is not None or any(bias is not None for bias in biases)
+        return ("tokens", "input") if is_bound else ()
 
     def check(self, model: Any) -> None:
         need_blocks(self, model, (Block,), (Attention,))

@@ -5,7 +5,7 @@ x -> norm1 -> q, k, v -> q_norm, k_norm -> rotate patches -> attention -> norm -
 post-norm blocks have their norms after the branches, and no gammas
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
 from ..core.flow import Flow
-from ..core.site import Site
+from ..core.site import Kind, Site
 from ..core.taps import Taps
 from ._timm import Attend, TimmView, drops_patches, need_blocks, patch_grid, run_attention, run_block, run_mlp
 
@@ -24,12 +24,11 @@ class TimmEva(TimmView):
     """Walks timm's `Eva`, with pre-norm or post-norm blocks.
 
     In a post-norm block a branch sees the residual stream itself: there is no norm before it. Rotary positions belong
-    to the whole grid, so with them there are no tokens and no
-    input sites.
+    to the whole grid, so with them there are no tokens sites.
     """
 
-    def is_bound(self, model: Any) -> bool:
-        return model.rope is not None
+    def absent(self, model: Any) -> Sequence[Kind]:
+        return () if model.rope is None else ("tokens",)
 
     def block_sites(self, name: str, block: Any, i: int) -> list[Site]:
         sites = super().block_sites(name, block, i)
@@ -58,13 +57,12 @@ class TimmEva(TimmView):
         return taps.affine("norm", model.norm(x), flow), flow
 
 
-def rotation(attn: Any, rope: Tensor) -> Callable[[Tensor], Tensor]:
+def rotation(attn: Any, rope: Tensor) -> Callable[[Tensor, Flow], Tensor]:
     """Returns the rotation of queries or keys `[B, h, N, d_head]` by position, which spares the prefix tokens."""
-    prefix = attn.num_prefix_tokens
 
-    def turn(t: Tensor) -> Tensor:
-        patches = apply_rot_embed_cat(t[:, :, prefix:], rope, half=attn.rotate_half)
-        return torch.cat([t[:, :, :prefix], patches], dim=2)
+    def turn(t: Tensor, flow: Flow) -> Tensor:
+        patches = apply_rot_embed_cat(t[:, :, flow.num_prefix :], rope, half=attn.rotate_half)
+        return torch.cat([t[:, :, : flow.num_prefix], patches], dim=2)
 
     return turn
 

@@ -4,7 +4,7 @@ x -> norm1 -> shift -> windows -> qkv -> attention + position bias, mask -> proj
   -> norm2 -> fc1 -> act -> fc2 -> drop_path2 -> +
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from ..core.flow import Flow
+from ..core.site import Kind
 from ..core.taps import Taps
 from ._parts import need, run_linear, split_heads
 from ._timm import TimmView, attend, need_blocks, run_mlp, run_qkv
@@ -45,8 +46,8 @@ class TimmSwin(TimmView):
             for i, block in enumerate(stage.blocks):
                 yield f"layers.{s}.blocks.{i}", block
 
-    def is_bound(self, model: Any) -> bool:
-        return True
+    def absent(self, model: Any) -> Sequence[Kind]:
+        return ("tokens", "input")
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
         x = model.patch_embed(images)

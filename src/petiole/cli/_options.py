@@ -39,11 +39,19 @@ def build_plugin(method: str, settings: list[str]) -> "Plugin":
     Raises:
         PluginError: An unknown method, or settings it cannot take.
     """
-    import yaml
+    from ..plugins import method as make
 
+    return make(method, **read_settings(method, settings))
+
+
+def read_settings(method: str, settings: list[str]) -> dict[str, Any]:
+    """Returns a method's settings from `key=value` words.
+
+    Raises:
+        PluginError: An unknown method, or settings it cannot take.
+    """
     from ..errors import PluginError
     from ..plugins import METHODS
-    from ..plugins import method as make
 
     if method not in METHODS:
         raise PluginError(f"no method is called {method!r}{nearest(method, METHODS)}: choose {_or(list(METHODS))}")
@@ -56,14 +64,25 @@ def build_plugin(method: str, settings: list[str]) -> "Plugin":
         if key not in defaults:
             has = f"it has {', '.join(defaults)}" if defaults else "it has none"
             raise PluginError(f"{method} has no setting {key!r}{nearest(key, defaults)}: {has}")
-        try:
-            values[key] = _typed(yaml.safe_load(text), defaults[key])
-        except (ValueError, TypeError, yaml.YAMLError) as error:
-            wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(
-                type(defaults[key]), "a name"
-            )
-            raise PluginError(f"--set {key} takes {wanted} (default {defaults[key]}), got {text!r}") from error
-    return make(method, **values)
+        values[key] = read_value(f"--set {key}", text, defaults[key])
+    return values
+
+
+def read_value(name: str, text: str, default: Any, hint: str = "") -> Any:
+    """Returns a setting's value from what was written, as its default's type.
+
+    Raises:
+        PluginError: It is no such value; says what `name` takes.
+    """
+    import yaml
+
+    from ..errors import PluginError
+
+    try:
+        return _typed(yaml.safe_load(text), default)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(type(default), "a name")
+        raise PluginError(f"{name} takes {wanted} ({hint or f'default {default}'}), got {text!r}") from error
 
 
 def settings_of(method: str) -> dict[str, Any]:

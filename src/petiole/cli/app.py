@@ -22,7 +22,9 @@ _COMMANDS: list[tuple[str, Callable[..., None], str]] = [
         """\b
 Examples:
   petiole fit digits --method fact --set rank=8 --epochs 20
+  petiole fit digits --method fact --set rank=8 --grid scale=0.1,1,10 --search-epochs 20
   petiole fit photos/ --backbone vit_base_patch16_224.augreg_in21k --out runs/photos
+  petiole fit --recipe fact-tt-paper --task cifar --backbone vit_base_patch16_224.orig_in21k
   accelerate launch -m petiole fit photos/ --backbone vit_base_patch16_224.augreg_in21k""",
     ),
     (

@@ -7,31 +7,46 @@ from typing import Annotated
 
 import typer
 
-from ._options import TASK_HELP, AsJson, BackboneName, method_names
+from . import _recipe as how
+from ._options import AsJson, BackboneName, method_names
+from ._search import GridAxes, IsSearch, SearchEpochs
 
 
 def fit(
-    task: Annotated[str, typer.Argument(help=TASK_HELP)],
+    source: how.Data = None,
     backbone: BackboneName = "micro",
-    method: Annotated[str, typer.Option("--method", "-m", help=", ".join(method_names()))] = "fact",
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "-m", help=f"{', '.join(method_names())} [default: {how.DEFAULT_METHOD}]"),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="key=value for the method; repeatable (`petiole doctor micro` lists them)"),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder [default: runs/TASK-METHOD]")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Images per step, over all processes")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay")] = 1e-4,
-    warmup_epochs: Annotated[int, typer.Option(help="Epochs of warm-up, at most a tenth of the run")] = 10,
-    drop_path: Annotated[
-        float | None, typer.Option(help="Stochastic depth rate; the backbone's own if not given")
+    search: IsSearch = False,
+    grid: GridAxes = None,
+    search_epochs: SearchEpochs = None,
+    published: how.Published = None,
+    task: how.Row = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder [default: runs/TASK-METHOD, runs/TASK-RECIPE]")
     ] = None,
-    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes")] = 0.0,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
-    select: Annotated[str, typer.Option(help="Weights to keep: best on validation, or last")] = "best",
-    eval_every: Annotated[int, typer.Option(help="Epochs between two validations")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of splits, initial values, batch order and dropout")] = 0,
+    epochs: how.Epochs = None,
+    batch_size: how.BatchSize = None,
+    lr: how.LearningRate = None,
+    weight_decay: how.WeightDecay = None,
+    warmup_epochs: how.WarmupEpochs = None,
+    drop_path: how.DropPath = None,
+    label_smoothing: how.LabelSmoothing = None,
+    precision: how.Precision = None,
+    select: how.Select = None,
+    eval_every: how.EvalEvery = None,
+    seed: how.Seed = None,
+    normalize: how.Normalize = None,
+    resize: how.Resize = None,
+    augment: how.Augment = None,
+    train_on: how.TrainOn = None,
+    checkpoint: how.Checkpoint = None,
     save_every: Annotated[float, typer.Option(help="Seconds between two writes of the state")] = 60.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too")] = False,
     as_json: AsJson = False,
@@ -41,39 +56,51 @@ def fit(
     The same command continues a run that was stopped. Under `accelerate launch -m petiole fit ...` or
     `torchrun -m petiole fit ...` it uses every process.
     """
+    given = how.read_fields(locals())
     from ..backbones.bundled import backbone as build
     from ..joining import adapt
     from ..tasks import open_task
     from ..train.evaluate import num_trained
     from ..train.loop import fit as train
-    from ..train.recipe import Recipe
+    from ..train.published import find
     from . import _show
     from ._options import build_plugin
+    from ._search import choose, read_grid
 
-    recipe = Recipe(
-        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs,
-        drop_path=drop_path, label_smoothing=label_smoothing, precision=precision, select=select,  # type: ignore[arg-type]
-        eval_every=eval_every, seed=seed,
-    )  # fmt: skip
-    plugin = build_plugin(method, settings or [])
-    data = open_task(task, seed=seed)
-    model = adapt(build(backbone), plugin, classes=data.classes, seed=seed)
-    folder = out or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{data.name}-{method}")
-    trained = num_trained(model)
-    if is_main := os.environ.get("RANK", "0") == "0":
-        _show.say(f"{model} on {data.name}: {len(data.train)} images, {trained:,} trained parameters, into {folder}")
+    recipe, opened = how.build_recipe(published, given), how.source_of(source, task, published)
+    method, settings = how.method_of(method, published), settings or []
+    plugin = build_plugin(method, settings)
+    is_searched = search or bool(grid) or search_epochs is not None
+    fixed = how.recipe_words(published, None) if published and is_searched else []
+    axes = read_grid(method, [*fixed, *settings], grid or [], given, recipe) if is_searched else None
+    data = open_task(opened, seed=recipe.seed)
+    if published and not is_searched:
+        plugin = build_plugin(method, [*how.recipe_words(published, task or data.name), *settings])
+    host, found = build(backbone), None
+    folder = out or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{data.name}-{published or method}")
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
+        if axes is not None:
+            found = choose(host, method, data, axes, recipe, folder, search_epochs, save_every, not as_json)
+            plugin, recipe = found.plugin(), found.recipe
+        model = adapt(host, plugin, classes=data.classes, seed=recipe.seed)
+        if is_main:
+            images = data.joined().train if recipe.train_on == "train+val" else data.train
+            about = f"{len(images)} images, {num_trained(model):,} trained parameters"
+            _show.say(f"{model} on {data.name}: {about}, into {folder}")
+            if published:
+                _show.say(find(published).about(task or data.name))
         result = train(model, data, recipe, out=folder, tensorboard=tensorboard, save_every=save_every)
     except KeyboardInterrupt:
         if is_main:
             _show.say(f"stopped: the same command goes on from the state in {folder}")
         raise typer.Exit(130) from None
     if is_main:
-        _tell(type(plugin).__name__, data.name, repr(model), result, folder, as_json)
+        _tell(type(plugin).__name__, data.name, repr(model), result, folder, as_json, found)
     _leave_processes()
 
 
-def _tell(method, task, text, result, folder: Path, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _tell(method, task, text, result, folder: Path, as_json: bool, found) -> None:  # type: ignore[no-untyped-def]
     """Writes the report and prints what came out."""
     from ..errors import FitError
     from ..train.report import COLUMNS, Entry, row_of, write_report
@@ -82,12 +109,13 @@ def _tell(method, task, text, result, folder: Path, as_json: bool) -> None:  # t
 
     entry = Entry(method, result, (folder / PLUGIN).stat().st_size)
     try:
-        write_report(folder / REPORT, f"{method} on {task}", text, [entry])
+        write_report(folder / REPORT, f"{method} on {task}", text, [entry], found)
         told = f"report: {folder / REPORT}"
     except FitError as error:
         told = f"no report: {error}"
     if as_json:
-        _show.as_json({**result.metrics, "num_bytes": entry.num_bytes, "file": str(folder / PLUGIN)})
+        search = {"search": found.as_plain()} if found else {}
+        _show.as_json({**result.metrics, "num_bytes": entry.num_bytes, "file": str(folder / PLUGIN), **search})
     else:
         _show.table(COLUMNS, [row_of(entry)])
     _show.say(f"plugin: {folder / PLUGIN}\n{told}")

@@ -32,7 +32,7 @@ class Adapted(nn.Module):
 
     Raises:
         BackboneError: The view does not find a part of the backbone.
-        PluginError: A plugin fits no site, belongs to another model, or two methods want the same weights.
+        PluginError: A plugin fits no site or finds nothing to train, or belongs to another model.
     """
 
     def __init__(
@@ -57,10 +57,18 @@ class Adapted(nn.Module):
         unused = tuple(f"{name}." for name in idle)
         like = next(backbone.parameters())
         self.view = view
-        self.backbone = twin(
-            backbone,
-            lambda name, owner: any(t.trains(name, owner) for t in tunings) and not f"{name}.".startswith(unused),
-        )
+        idling = {type(tuning).__name__ for tuning in tunings}
+
+        def trains(name: str, owner: nn.Module) -> bool:
+            asking = {type(t).__name__ for t in tunings if t.trains(name, owner)} if tunings else set()
+            if f"{name}.".startswith(unused):
+                return False
+            idling.difference_update(asking)
+            return bool(asking)
+
+        self.backbone = twin(backbone, trains)
+        if idling:
+            raise PluginError(f"{', '.join(sorted(idling))} finds nothing to train in this {type(backbone).__name__}")
         self.plugins = nn.ModuleList(plugins).to(like.device, like.dtype)
         self.classes = None if classes is None else tuple(classes)
         self.head = None if classes is None else _head(view.num_features(backbone), len(classes), generator).to(like)

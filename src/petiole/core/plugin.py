@@ -1,9 +1,11 @@
 """What a plugin is, and the roles it can play."""
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from itertools import zip_longest
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +43,24 @@ class Plugin(nn.Module, ABC):
             generator: Source of the random initial values.
 
         Raises:
-            PluginError: The plugin already belongs to a model, or finds no site it can use.
+            PluginError: The plugin already belongs to a model, finds no site it can use, or was taken from a model
+                with other sites.
         """
+        name = type(self).__name__
         if self.is_attached:
-            raise PluginError(f"this {type(self).__name__} already belongs to a model: make a new one for each model")
-        self.sites = tuple(self.select(sites))
-        self.build(generator)
+            raise PluginError(f"this {name} already belongs to a model: make a new one for each model, or take a copy")
+        taken, self.sites = self.sites, tuple(self.select(sites))
+        if not taken:
+            self.build(generator)
+        elif found := _difference(taken, self.sites):
+            raise PluginError(f"this {name} was taken from a model with other sites: {found}")
         self.is_attached = True
+
+    def taken(self) -> Self:
+        """Returns a copy with the same tensors, free to join another model with equal sites."""
+        other = copy.deepcopy(self)
+        other.is_attached = False
+        return other
 
     @abstractmethod
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
@@ -60,6 +73,15 @@ class Plugin(nn.Module, ABC):
     @abstractmethod
     def build(self, generator: torch.Generator | None) -> None:
         """Creates parameters and buffers for `self.sites`."""
+
+
+def _difference(taken: Sequence[Site], found: Sequence[Site]) -> str:
+    """Returns where the sites of two backbones part, in words; nothing where tensors of one fit the other."""
+    for had, has in zip_longest(taken, found):
+        ours, theirs = (None if s is None else (s.name, s.d_in, s.d_out) for s in (had, has))
+        if ours != theirs:
+            return " and ".join("none" if s is None else f"{s[0]} ({s[1]} to {s[2]})" for s in (ours, theirs))
+    return ""
 
 
 class Bypass(Plugin):

@@ -13,6 +13,11 @@ def tile(blocks: Tensor, rows: int, columns: int) -> Tensor:
     return blocks.unflatten(-3, (rows, columns)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
+def untile(matrix: Tensor, rank: int) -> Tensor:
+    """Returns the blocks `[rows * columns, r, r]`, row by row, that `tile` made one matrix of."""
+    return matrix.unflatten(0, (-1, rank)).unflatten(-1, (-1, rank)).transpose(1, 2).flatten(0, 1)
+
+
 def expand(cores: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Returns the matrix whose block (i, j) is `v cores[j, i]^T u`, for tiled cores.
 

@@ -8,10 +8,18 @@ from ..errors import PluginError
 
 # name in files and on the command line -> class, in the module of that name
 METHODS = {
+    "adapter": "Adapter",
+    "adaptformer": "AdaptFormer",
+    "bitfit": "BitFit",
+    "convpass": "Convpass",
     "fact": "FacT",
     "full": "Full",
+    "layernorm": "LayerNorm",
     "linear": "Linear",
     "lora": "LoRA",
+    "repadapter": "RepAdapter",
+    "ssf": "SSF",
+    "vpt": "VPT",
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..core.plugin import Plugin
-from ..core.site import Site
+from ..core.site import Kind, Site
 from ..errors import PluginError
 
 
@@ -13,12 +13,25 @@ def linear_sites(plugin: Plugin, sites: Sequence[Site], roles: Sequence[str] | N
     Raises:
         PluginError: A role is found nowhere in the backbone; says which roles it has.
     """
-    linear = [site for site in sites if site.kind == "linear"]
-    known = list(dict.fromkeys(site.role for site in linear))
+    return _choose(plugin, sites, "linear", roles)
+
+
+def branch_sites(plugin: Plugin, sites: Sequence[Site], roles: Sequence[str] | None) -> list[Site]:
+    """Returns the branch sites with one of the roles, `attn` or `mlp`; all of them for None.
+
+    Raises:
+        PluginError: A role is found nowhere in the backbone; says which roles it has.
+    """
+    return _choose(plugin, sites, "branch", roles)
+
+
+def _choose(plugin: Plugin, sites: Sequence[Site], kind: Kind, roles: Sequence[str] | None) -> list[Site]:
+    found = [site for site in sites if site.kind == kind]
+    known = list(dict.fromkeys(site.role for site in found))
     unknown = [role for role in roles or () if role not in known]
-    if unknown or not linear or roles == ():
-        asked = ", ".join(unknown or roles or ["a linear site"]) or "no role at all"
+    if unknown or not found or roles == ():
+        asked = ", ".join(unknown or roles or [f"a {kind} site"]) or "no role at all"
         raise PluginError(
             f"{type(plugin).__name__} was asked for {asked}; this backbone has {', '.join(known) or 'none'}"
         )
-    return [site for site in linear if roles is None or site.role in roles]
+    return [site for site in found if roles is None or site.role in roles]

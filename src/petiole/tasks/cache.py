@@ -61,7 +61,7 @@ class Pixels:
             pixels[row] = self._one(indices[row])
 
         # decoders release the GIL; a pool per call costs little beside decoding and leaves the object picklable
-        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        pool = ThreadPoolExecutor(num_threads())
         try:
             for done, _ in enumerate(pool.map(decode, range(len(indices))), start=1):
                 if progress is not None:
@@ -74,5 +74,14 @@ class Pixels:
         try:
             return self.transform.pixels(self.split.images[index])
         except Exception as error:  # decoders raise almost anything on damaged data
-            name = self.split.images.describe(index)
-            raise TaskError(f"{name} cannot be read as an image: {reason(error)}") from error
+            raise unreadable(self.split, index, error) from error
+
+
+def num_threads() -> int:
+    """Returns how many images are decoded at a time."""
+    return min(16, os.cpu_count() or 1)
+
+
+def unreadable(split: Split, index: int, error: Exception) -> TaskError:
+    """Returns the error for an image that cannot be decoded: its name and the reason."""
+    return TaskError(f"{split.images.describe(index)} cannot be read as an image: {reason(error)}")

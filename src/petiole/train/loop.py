@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..core.adapted import Adapted
+from ..tasks.augment import Augmented
 from ..tasks.cache import Pixels
 from ..tasks.task import Split, Task
 from ..tasks.transform import Transform
@@ -57,7 +58,8 @@ def fit(
     Under `accelerate launch` or `torchrun` every process takes its share of each batch, and the first one writes.
 
     Args:
-        model: An adapted model with classes; trained in place, left in eval mode.
+        model: An adapted model with classes; trained in place, left in eval mode. Its `input_config` becomes what the
+            recipe says, so that whatever uses the model or its file prepares images alike.
         task: What to learn; its classes must be the model's.
         recipe: How to train.
         out: Run folder for `plugin.safetensors`, `metrics.jsonl`, `config.yaml` and the state; None keeps nothing.
@@ -66,8 +68,8 @@ def fit(
         save_every: Time between two writes of the state [s]: what a killed run can lose at the most.
 
     Raises:
-        FitError: Model and task do not fit, the run folder holds another run or cannot be written, or the loss is no
-            longer finite.
+        DivergedError: The loss is no longer finite.
+        FitError: Model and task do not fit, or the run folder holds another run or cannot be written.
         TaskError: An image cannot be read.
 
     Example:
@@ -84,15 +86,21 @@ def fit(
     is_shown = progress and world.rank == 0
     if recipe.drop_path is not None:
         model.set_drop_path(recipe.drop_path)
+    if recipe.checkpoint:
+        model.set_checkpointing(True)
+    if recipe.train_on == "train+val":
+        task = task.joined()
+    model.input_config = model.input_config | recipe.input_config(model.view.input_config(model.backbone))
     model.to(world.device)
     # every image is read before anything is written
     transform = Transform(model.input_config)
-    named = {"train": task.train, "val": task.val, "test": task.test}
+    train = _read_train(task.train, transform, recipe, is_shown)
+    named = {"val": task.val, "test": task.test}
     splits = {n: _read(n, split, transform, is_shown) for n, split in named.items() if split is not None}
     run = None if out is None or world.rank else Run(Path(out))
     with torch.random.fork_rng(_devices(world)), closing(run) if run else nullcontext():
         state = world.first(lambda: None if run is None else run.open(configuration(model, task, recipe)))
-        job = _Job(model, splits, recipe, world, run, state, save_every)
+        job = _Job(model, train, splits, recipe, world, run, state, save_every)
         folder = run.folder / "tensorboard" if run and tensorboard and not job.is_done else None
         title = " + ".join(type(plugin).__name__ for plugin in model.taps.plugins) or "head"
         bar = Progress(title, job.steps.total, is_shown=is_shown, num_notes=recipe.epochs)
@@ -120,6 +128,7 @@ class _Job:
     def __init__(
         self,
         model: Adapted,
+        train: Pixels | Augmented,
         splits: dict[str, Pixels],
         recipe: Recipe,
         world: World,
@@ -129,7 +138,7 @@ class _Job:
     ) -> None:
         self.model, self.splits, self.recipe, self.world = model, splits, recipe, world
         self.run, self.save_every = run, save_every
-        self.steps = Steps(model, splits["train"], recipe, world)
+        self.steps = Steps(model, train, recipe, world)
         self.record = _Record()
         if state is not None:
             self.steps.restore(state)
@@ -179,7 +188,7 @@ class _Job:
     def _close_epoch(self) -> Row:
         """Scores the epoch that just ended and returns its row of the history."""
         record, epoch = self.record, self.record.step // self.steps.per_epoch
-        row: Row = {"epoch": epoch, "loss": record.loss / len(self.splits["train"]), "lr": self.steps.lr()}
+        row: Row = {"epoch": epoch, "loss": record.loss / len(self.steps.train), "lr": self.steps.lr()}
         record.loss = 0.0
         is_due = epoch == self.recipe.epochs or epoch % self.recipe.eval_every == 0
         if is_due and (scores := self._score("val")):
@@ -226,6 +235,13 @@ class _Job:
             record = {name: getattr(self.record, name) for name in asdict(_Record())}
             self.run.save({**record, **self.steps.state(), "seconds": self._seconds()})
         self.saved = time.monotonic()
+
+
+def _read_train(split: Split, transform: Transform, recipe: Recipe, is_shown: bool) -> Pixels | Augmented:
+    if recipe.augment == "none":
+        return _read("train", split, transform, is_shown)
+    with Progress("reading train images", len(split), is_shown=is_shown, is_aside=True) as bar:
+        return Augmented(split, transform, recipe.seed, progress=lambda done, total: bar.at(done))
 
 
 def _read(name: str, split: Split, transform: Transform, is_shown: bool) -> Pixels:

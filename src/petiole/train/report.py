@@ -4,11 +4,15 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import FitError, PluginFileError
 from ..files.container import atomic_write
 from .loop import FitResult
+from .search_report import candidate_columns, candidate_rows, draw_candidates, numeric_axes
+from .searching import SearchResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,15 @@ _PAGE = """<!doctype html>
 {% endfor %}</table>
 <p>Test and validation are accuracies of the weights after the kept epoch. Nothing was selected on test.</p>
 {% for caption, figure in figures %}<figure>{{ figure|safe }}<figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}</body>
+{% endfor %}{% if search %}<h2>Search for settings</h2>
+<p>{{ search.text }}</p>
+<table>
+<tr>{% for c in search.columns %}<th>{{ c }}</th>{% endfor %}</tr>
+{% for row in search.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% if search.figure %}<figure>{{ search.figure|safe }}<figcaption>Validation accuracy of the candidates, the chosen one
+ in a ring.</figcaption></figure>
+{% endif %}{% endif %}</body>
 </html>
 """
 
@@ -78,8 +90,17 @@ def require() -> None:
         raise FitError(f"a report needs an extra ({error.name} is missing): pip install 'petiole[plot]'") from error
 
 
-def write_report(path: Path, title: str, text: str, entries: Sequence[Entry]) -> None:
+def write_report(
+    path: Path, title: str, text: str, entries: Sequence[Entry], found: SearchResult | None = None
+) -> None:
     """Writes a page that stands alone: tables and plots in one file.
+
+    Args:
+        path: The file.
+        title: Its heading.
+        text: A sentence below.
+        entries: The runs.
+        found: The search that has chosen their settings, where there was one.
 
     Raises:
         FitError: matplotlib or jinja2 is not installed, or the file cannot be written.
@@ -91,11 +112,27 @@ def write_report(path: Path, title: str, text: str, entries: Sequence[Entry]) ->
     if len(entries) > 1 and all("test_accuracy" in entry.result.metrics for entry in entries):
         figures.append(("Test accuracy against the size of the plugin file.", _draw(_sizes, entries, 1)))
     page = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    html = page.render(title=title, text=text, columns=COLUMNS, rows=map(row_of, entries), figures=figures)
+    html = page.render(
+        title=title, text=text, columns=COLUMNS, rows=map(row_of, entries), figures=figures, search=_search(found)
+    )
     try:
         atomic_write(path, html.encode())
     except PluginFileError as error:
         raise FitError(str(error)) from error
+
+
+def _search(found: SearchResult | None) -> dict[str, Any] | None:
+    """Returns what the page shows of a search."""
+    if found is None:
+        return None
+    num_axes = len(numeric_axes(found))
+    return {
+        "text": f"Each of {len(found.candidates)} candidates was trained on the training split and scored on "
+        "validation after its last epoch; none of them has seen a test image.",
+        "columns": candidate_columns(found),
+        "rows": candidate_rows(found),
+        "figure": _draw(draw_candidates, found, num_axes) if num_axes else None,
+    }
 
 
 def _curves(axes: Sequence[Any], entries: Sequence[Entry]) -> None:
@@ -123,14 +160,14 @@ def _plain(entry: Entry) -> str:
     return entry.name.replace("$", r"\$")
 
 
-def _draw(draw: Callable[[Sequence[Any], Sequence[Entry]], None], entries: Sequence[Entry], num_axes: int) -> str:
+def _draw(draw: Callable[[Sequence[Any], T], None], data: T, num_axes: int) -> str:
     """Returns a figure as an SVG element."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
-        draw(figure.subplots(1, num_axes, squeeze=False)[0], entries)
+        draw(figure.subplots(1, num_axes, squeeze=False)[0], data)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     text = buffer.getvalue()

@@ -46,6 +46,18 @@ class Run:
         Raises:
             FitError: The folder holds a run of another configuration, is in use, damaged, or cannot be written.
         """
+        self.claim(config)
+        state = self._load()
+        history = state["history"] if state else []
+        self.write(METRICS, "".join(map(_line, history)).encode())
+        return state
+
+    def claim(self, config: Mapping[str, Any]) -> None:
+        """Takes the folder for what has this configuration.
+
+        Raises:
+            FitError: The folder holds a run of another configuration, is in use, or cannot be written.
+        """
         config = json.loads(json.dumps(config))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +71,6 @@ class Run:
             self._compare(config)
         else:
             self.write(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
-        state = self._load()
-        history = state["history"] if state else []
-        self.write(METRICS, "".join(map(_line, history)).encode())
-        return state
 
     def close(self) -> None:
         """Lets others have the folder."""

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from ..core.adapted import Adapted
 from ..core.plugin import Tuning
-from ..errors import FitError
+from ..core.prove import eval_mode
+from ..errors import DivergedError, FitError
+from ..tasks.augment import Augmented
 from ..tasks.cache import Pixels
 from .evaluate import features
 from .recipe import Recipe
@@ -32,7 +34,7 @@ class Steps:
         world: Where.
     """
 
-    def __init__(self, model: Adapted, train: Pixels, recipe: Recipe, world: World) -> None:
+    def __init__(self, model: Adapted, train: Pixels | Augmented, recipe: Recipe, world: World) -> None:
         assert model.head is not None
         self.model, self.train, self.recipe, self.world = model, train, recipe, world
         # trained tensors, and the buffers that training may move
@@ -56,7 +58,8 @@ class Steps:
         """Takes one step and returns the mean loss and the number of images of the whole batch.
 
         Raises:
-            FitError: The loss is not finite, or the batch does not fit into memory.
+            DivergedError: The loss is not finite.
+            FitError: The batch does not fit into memory.
         """
         noise = np.random.SeedSequence((self.recipe.seed, step, self.world.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(noise[0]))
@@ -64,7 +67,7 @@ class Steps:
         self.net.train()
         batch = self.batch(step)
         try:
-            loss = self.loss(batch)
+            loss = self.loss(batch, step)
             value = self.world.sum(loss.detach()).item() / self.world.size
             self._check(value, step)
             self.optimizer.zero_grad()
@@ -80,22 +83,32 @@ class Steps:
         order = np.random.default_rng((self.recipe.seed, epoch)).permutation(len(self.train))
         return [int(j) for j in order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size]]
 
-    def loss(self, batch: list[int]) -> Tensor:
-        """Returns this process's part of a batch's mean loss, scaled so that the processes' mean is the whole."""
+    def loss(self, batch: list[int], step: int) -> Tensor:
+        """Returns this process's part of a step's mean loss, scaled so that the processes' mean is the whole."""
         mine = batch[self.world.rank :: self.world.size]
         # a process without a share must take part all the same, with weight 0
         rows = mine or batch[:1]
-        seen = self.seen(self.train)
-        if seen is not None:
-            x, labels = seen[rows], self.train.labels[rows]
-        else:
-            images, labels = self.train.batch(rows)
-            x = self.train.transform.normalize(images.to(self.world.device))
+        x, labels = self._inputs(rows, step)
         with self.world.autocast():
             logits = self.net(x)
         smoothing = self.recipe.label_smoothing
         loss = F.cross_entropy(logits.float(), labels.to(self.world.device), label_smoothing=smoothing)
         return loss * (len(mine) * self.world.size / len(batch))
+
+    def _inputs(self, rows: list[int], step: int) -> tuple[Tensor, Tensor]:
+        """Returns what the trained part sees of these images, and their labels."""
+        if isinstance(self.train, Augmented):
+            images, labels = self.train.batch(rows, step)
+        elif (seen := self.seen(self.train)) is not None:
+            return seen[rows], self.train.labels[rows]
+        else:
+            images, labels = self.train.batch(rows)
+        x = self.train.transform.normalize(images.to(self.world.device))
+        if self.is_head_only:
+            # images that change are seen anew, by the backbone in eval mode as they would be once
+            with eval_mode(self.model), torch.no_grad(), self.world.autocast():
+                x = self.model.forward_features(x).float()
+        return x, labels
 
     def state(self) -> dict[str, Any]:
         """Returns weights and the optimiser's state."""
@@ -128,7 +141,7 @@ class Steps:
 
     def _check(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise FitError(
+            raise DivergedError(
                 f"the loss became {loss} at step {step + 1} (epoch {step // self.per_epoch + 1}) with learning rate "
                 f"{self.lr():.1e}: lower the learning rate or the plugin's scale"
             )

@@ -1,0 +1,50 @@
+"""The two projections of a bottleneck, for every site."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Maps(nn.Module):
+    """Linear maps `y = x W^T + b`, one per site, which start at zero.
+
+    Every tensor may carry one leading axis of the batch's length: its rows then use different maps.
+
+    Args:
+        shapes: d_out and d_in of each map.
+        bias: Whether they have biases.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+        self.bias = nn.ParameterList(torch.zeros(d_out) for d_out, _ in shapes if bias)
+
+    def linear_init(self, generator: torch.Generator | None) -> "Maps":
+        """Gives the weights the start of PyTorch's `Linear`, uniform within `1 / sqrt(d_in)`; biases stay zero."""
+        for weight in self.weight:
+            nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5, generator=generator)
+        return self
+
+    def down(self, i: int, x: Tensor) -> Tensor:
+        """Returns map `i` of something wide `[B, N, d_in]`."""
+        weight = self.weight[i]
+        if not len(self.bias):
+            return x @ weight.mT
+        if weight.ndim == 2:
+            return F.linear(x, weight, self.bias[i])
+        return torch.baddbmm(self.bias[i].unsqueeze(-2), x, weight.mT)
+
+    def up(self, i: int, code: Tensor, factor: Tensor | float) -> Tensor:
+        """Returns `factor` times map `i` of a narrow code `[B, N, d_in]`; the factor may differ by row `[B, 1, 1]`.
+
+        The factor meets code and bias, so that nothing of the output's width is read again for it. The product is one
+        matrix product a row even where the rows share the map: with so narrow a code this takes half the time of a
+        single one over all tokens, measured on a CPU with the backward pass.
+        """
+        weight = self.weight[i].mT.expand(code.shape[0], -1, -1)
+        if not len(self.bias):
+            return (code * factor) @ weight
+        return torch.baddbmm(self.bias[i].unsqueeze(-2) * factor, code * factor, weight)
