@@ -69,6 +69,22 @@ def score(
     return pt.fit(model, task, recipe, progress=False).metrics
 
 
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    """Returns the test accuracies as Markdown: a row a method, a column a task, then the mean of the groups' means."""
+    tasks = [task for group in GROUPS.values() for task in group if any(task in rows for rows in results.values())]
+    lines = [f"| method | {' | '.join(tasks)} | mean of groups |", "|---|" + "---:|" * (len(tasks) + 1)]
+    for name, rows in results.items():
+        cells = []
+        for task in tasks:
+            runs = [100 * share for share in rows.get(task, ())]
+            spread = f" +- {statistics.stdev(runs):.1f}" if len(runs) > 1 else ""
+            cells.append(f"{statistics.mean(runs):.1f}{spread}" if runs else "")
+        groups = [[statistics.mean(rows[task]) for task in group if task in rows] for group in GROUPS.values()]
+        means = [statistics.mean(group) for group in groups if group]
+        lines.append(f"| {name} | {' | '.join(cells)} | {100 * statistics.mean(means):.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="folder of packs, or the name of a task")
@@ -117,11 +133,7 @@ def main() -> None:
             results.setdefault(name, {})[task.name] = runs
             spread = f" +- {100 * statistics.stdev(runs):.1f}" if len(runs) > 1 else ""
             print(f"{name:14}{task.name:20}{100 * statistics.mean(runs):6.1f}{spread}   {best}", flush=True)
-    for name, rows in results.items():
-        means = {task: statistics.mean(runs) for task, runs in rows.items()}
-        for group, tasks in GROUPS.items():
-            if here := [means[task] for task in tasks if task in means]:
-                print(f"{name:14}{group:14}{len(here)} tasks{100 * statistics.mean(here):8.1f}")
+    print(table(results))
 
 
 if __name__ == "__main__":

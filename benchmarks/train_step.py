@@ -4,13 +4,15 @@
     python benchmarks/train_step.py --device cuda --model vit_base_patch16_224 --batch 64
 
 The floor is what no plugin on all blocks can go below: the frozen backbone's forward, the backward pass through its
-activations, and the head. All contestants take turns in one process, round by round, and each step is set against the
-floor's step of the same round, so that a slow spell of the machine reaches all alike; the ratio printed is the median
+activations, and the head. All contestants take turns in one process, round by round, in an order drawn anew for each
+round. A step is set against the floor's step of the same round, so that a slow spell of the machine reaches all alike,
+and an untimed step before it clears away what others have left in caches and memory; the ratio printed is the median
 of the rounds. On the CPU a step is timed in processor seconds of this process. `kept` is what the forward pass keeps
 for the backward pass beside the model's own tensors, each storage once; a GPU's peak is printed beside it.
 """
 
 import argparse
+import random
 import statistics
 import time
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--only", help="comma-separated parts of names; the floor always runs")
@@ -137,14 +139,16 @@ def main() -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             memory[name] = f"{kept(model, images) / 2**20:9.0f}"
         if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
             step(model, optimizers[name])
-            memory[name] += f"{torch.cuda.max_memory_allocated() / 2**20:9.0f}"
-    for i in range(args.rounds + 2):
-        for name, (model, _) in runs.items():
-            seconds = step(model, optimizers[name])
-            if i >= 2:
-                times[name].append(seconds)
+            torch.cuda.reset_peak_memory_stats()
+            resident = torch.cuda.memory_allocated()
+            step(model, optimizers[name])
+            memory[name] += f"{(torch.cuda.max_memory_allocated() - resident) / 2**20:9.0f}"
+    for i in range(args.rounds):
+        for name in random.Random(i).sample(list(runs), len(runs)):
+            for _ in range(2):
+                seconds = step(runs[name][0], optimizers[name])
+            times[name].append(seconds)
     print(f"{args.model}, batch {args.batch}, {args.device}, {args.rounds} rounds, torch {torch.__version__}")
     peak = f"{'peak MiB':>9}" if args.device == "cuda" else ""
     print(f"{'':26}{'ms a step':>11}{'x floor':>9}{'kept MiB':>9}{peak}   spread of the ratio")

@@ -552,12 +552,12 @@ def test_demo_trains_reports_and_predicts(demo: Command) -> None:
     answer = demo("demo", "--epochs", "1")
     assert answer.code == 0, answer.err
     assert sorted(path.name for path in Path("demo").iterdir()) == sorted(
-        [".petiole-demo", "linear", "fact", "lora", "scans", "report.html"]
+        [".petiole-demo", "linear", "lora", "fact", "convpass", "scans", "report.html"]
     )
-    for name in ("Linear", "FacT", "LoRA"):
+    for name in ("Linear", "LoRA", "FacT", "Convpass"):
         assert name in answer.out
         assert name in Path("demo/report.html").read_text()
-    assert demo.calls == [[sys.executable, "-m", "petiole", "predict", "demo/fact/plugin.safetensors", "demo/scans"]]
+    assert demo.calls == [[sys.executable, "-m", "petiole", "predict", "demo/convpass/plugin.safetensors", "demo/scans"]]
     assert len(list(Path("demo/scans").iterdir())) == 5
 
 
