@@ -557,7 +557,8 @@ def test_demo_trains_reports_and_predicts(demo: Command) -> None:
     for name in ("Linear", "LoRA", "FacT", "Convpass"):
         assert name in answer.out
         assert name in Path("demo/report.html").read_text()
-    assert demo.calls == [[sys.executable, "-m", "petiole", "predict", "demo/convpass/plugin.safetensors", "demo/scans"]]
+    predict = ["-m", "petiole", "predict", "demo/convpass/plugin.safetensors", "demo/scans"]
+    assert demo.calls == [[sys.executable, *predict]]
     assert len(list(Path("demo/scans").iterdir())) == 5
 
 

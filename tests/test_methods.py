@@ -75,6 +75,17 @@ def test_count_on_vit_b16_is_the_published_one(make: Callable[[], Plugin], count
     assert sum(p.numel() for p in plugin.parameters()) + tuned == count
 
 
+@pytest.mark.parametrize(("make", "count"), [(pt.Convpass, 437_504), (lambda: pt.FacT(rank=16), 135_168)])
+def test_count_on_swin_b_is_the_published_one(make: Callable[[], Plugin], count: int) -> None:
+    import timm
+
+    with torch.device("meta"):
+        backbone = timm.create_model("swin_base_patch4_window7_224", num_classes=0)
+    plugin = make()
+    plugin.attach(view_of(backbone).sites(backbone))
+    assert sum(p.numel() for p in plugin.parameters()) == count
+
+
 @pytest.mark.parametrize("name", ["vit_qk_norm", "deit3", "eva02", "swin", "hf_dinov2", "torchvision", "open_clip"])
 def test_layernorm_trains_the_modules_that_are_called_norms(name: str) -> None:
     backbone = MODELS[name]()
