@@ -159,11 +159,11 @@ def test_fit_passes_every_option_on(petiole: Command) -> None:
     }  # fmt: skip
     args = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
     settings = ["-m", "lora", "-s", "rank=3", "-s", "roles=q,k", "-s", "scale=1e-1", "-s", "dropout=0"]
-    assert petiole("fit", "squares", *args, *settings, "-o", "run").code == 0
+    assert petiole("fit", "squares", *args, "--checkpoint", *settings, "-o", "run").code == 0
     import yaml
 
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["recipe"] == options
+    assert config["recipe"] == options | {"checkpoint": True}
     asked = {"method": "lora", "rank": 3, "roles": ["q", "k"], "scale": 0.1, "dropout": 0.0}
     assert config["plugins"][0].items() >= asked.items()
 
@@ -235,8 +235,8 @@ def test_fit_without_the_plot_extra_says_so(petiole: Command, monkeypatch: pytes
         (["squares", "-r", "convpass-papr"], "no recipe is called 'convpass-papr', did you mean 'convpass-paper'?"),
         (["-r", "fact-tt-paper", "--task", "cifr"], "fact-tt-paper has a row per VTAB-1k task; 'cifr' is none, did yo"),
         (["squares", "-r", "fact-tt-paper"], "fact-tt-paper has a row per VTAB-1k task; 'squares' is none: name one"),
-        (["squares", "-r", "default", "-m", "lora"], "the recipe default is of the method fact, not lora: leave --met"),
-        (["squares", "-r", "default", "-s", "rnk=3"], "fact has no setting 'rnk', did you mean 'rank'?"),
+        (["squares", "-r", "default", "-m", "lora"], "the recipe default is of the method convpass, not lora: leave"),
+        (["squares", "-r", "default", "-s", "dmi=3"], "convpass has no setting 'dmi', did you mean 'dim'?"),
         (["-r", "fact-tt-paper", "--task", "cifar"], "no task is called 'cifar'"),
         (["/nowhere/photos"], "no task is called '/nowhere/photos'"),
     ],
@@ -317,7 +317,7 @@ def test_fit_searches_what_a_recipes_row_would_say(petiole: Command) -> None:
 def test_help_of_fit_shows_the_defaults_of_a_recipe(petiole: Command) -> None:
     text = " ".join(petiole("fit", "--help").out.split())
     for field in fields(pt.Recipe):
-        option = text[text.index(f" --{field.name.replace('_', '-')} <") :]
+        option = text[text.index(f" --{field.name.replace('_', '-')} ") :]
         default = "the recipe's, else" if field.name == "drop_path" else f"{field.default}]"
         assert option[option.index("[default: ") :].startswith(f"[default: {default}")
 

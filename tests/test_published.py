@@ -119,7 +119,7 @@ def test_fact_tk_has_the_authors_layout() -> None:
 
 def test_default_serves_every_task_and_leaves_the_input_to_the_backbone() -> None:
     plugin, recipe = pt.recipe("default", "anything")
-    assert (plugin.rank, plugin.scale, recipe.lr) == (16, 10.0, 3e-3)
+    assert (plugin.method, plugin.dim, plugin.scale, recipe.lr) == ("convpass", 8, 10.0, 3e-3)
     assert (recipe.normalize, recipe.resize, recipe.train_on) == ("backbone", "backbone", "train")
     assert PUBLISHED["default"].run_time.startswith(f"{math.ceil(800 / 64) * recipe.epochs:,} steps")
 

@@ -53,7 +53,10 @@ Augment = Annotated[str | None, _help("augment", "What happens to training image
 TrainOn = Annotated[str | None, _help("train_on", "Splits to train on: train or train+val")]
 Checkpoint = Annotated[
     bool | None,
-    typer.Option("--checkpoint", help="Compute every block again in the backward pass: less memory, more time"),
+    typer.Option(
+        "--checkpoint",
+        help="Compute every block again in the backward pass: less memory, more time [default: False]",
+    ),
 ]
 
 
