@@ -68,7 +68,7 @@ def launch(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs a command with the tests' modules in reach and one thread a process."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done
 

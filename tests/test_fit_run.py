@@ -139,7 +139,7 @@ def test_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path, e
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=80,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
