@@ -209,9 +209,8 @@ def test_ssf_scales_and_shifts_what_the_modules_give() -> None:
     model, by_hand = joined(pt.SSF(), backbone), copy.deepcopy(backbone)
     plugin, total = model.plugins[0], {}
     for site in plugin.sites:
-        i = plugin.index[site.name]
         part = site.weight.name.removesuffix(".weight")
-        total.setdefault(part, []).append((1 + plugin.scale[i], plugin.shift[i]))
+        total.setdefault(part, []).append((1 + plugin.scale_of(site), plugin.shift_of(site)))
     assert len(total) == 6 * 2 + 1, "the pooled norm lies in the head, outside the sites"
     for part, pairs in total.items():
         gamma, beta = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
@@ -224,7 +223,7 @@ def test_ssf_scales_and_shifts_what_the_modules_give() -> None:
 def test_ssf_only_scales_a_map_without_a_bias() -> None:
     model = joined(pt.SSF(), MODELS["beit"]())
     plugin = model.plugins[0]
-    unshifted = {site.role for site in plugin.sites if plugin.index[site.name] not in plugin.shift}
+    unshifted = {site.role for site in plugin.sites if plugin.shift_of(site) is None}
     assert unshifted == {"k"}
 
 

@@ -28,6 +28,14 @@ def test_round_trip_restores_every_name() -> None:
     assert same(unstack(stack(mixed)), mixed)
 
 
+def test_the_number_may_stand_in_the_middle_and_the_last_one_counts() -> None:
+    stages = {f"layers.{s}.blocks.{i}.norm.bias": torch.full((2,), s + i / 10) for s in range(2) for i in range(3)}
+    packed = stack(stages)
+    assert packed.keys() == {"layers.0.blocks.*.norm.bias", "layers.1.blocks.*.norm.bias"}
+    assert packed["layers.1.blocks.*.norm.bias"][2].tolist() == [torch.tensor(1.2).item()] * 2
+    assert same(unstack(packed), stages)
+
+
 def test_lists_of_other_shapes_or_with_gaps_stay_apart() -> None:
     shapes = {"a.0": torch.ones(2), "a.1": torch.ones(3)}
     gaps = {"a.0": torch.ones(2), "a.2": torch.ones(2)}

@@ -9,20 +9,25 @@ _ALL = "*"
 
 
 def stack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors with every list `a.0, a.1, ...` of one shape and dtype as one tensor `a.*` `[n, ...]`."""
+    """Returns the tensors with every list of one shape and dtype as one tensor: `a.0.b, a.1.b` as `a.*.b` `[n, ...]`.
+
+    The number of a list is the last one in the name; a list counts from 0 without a gap.
+    """
     lists: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        stem, _, index = name.rpartition(".")
-        if index.isdigit():
-            lists.setdefault(stem, {})[index] = tensor
+        parts = name.split(".")
+        places = [i for i, part in enumerate(parts) if part.isdigit()]
+        if places:
+            number, parts[places[-1]] = parts[places[-1]], _ALL
+            lists.setdefault(".".join(parts), {})[number] = tensor
     packed = dict(tensors)
-    for stem, items in lists.items():
+    for pattern, items in lists.items():
         order = [str(i) for i in range(len(items))]
         kinds = {(tensor.shape, tensor.dtype) for tensor in items.values()}
         if len(items) > 1 and items.keys() == set(order) and len(kinds) == 1:
-            packed[f"{stem}.{_ALL}"] = torch.stack([items[i] for i in order])
+            packed[pattern] = torch.stack([items[i] for i in order])
             for i in order:
-                del packed[f"{stem}.{i}"]
+                del packed[_name(pattern, i)]
     return packed
 
 
@@ -30,9 +35,12 @@ def unstack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns what `stack` was given; leaves every other tensor as it is."""
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        stem, _, index = name.rpartition(".")
-        if index == _ALL and tensor.ndim:
-            plain |= {f"{stem}.{i}": item for i, item in enumerate(tensor)}
+        if _ALL in name.split(".") and tensor.ndim:
+            plain |= {_name(name, str(i)): item for i, item in enumerate(tensor)}
         else:
             plain[name] = tensor
     return plain
+
+
+def _name(pattern: str, number: str) -> str:
+    return ".".join(number if part == _ALL else part for part in pattern.split("."))

@@ -36,10 +36,25 @@ class SSF(Delta):
         return chosen
 
     def build(self, generator: torch.Generator | None) -> None:
-        self.index = {site.name: str(i) for i, site in enumerate(self.sites)}
-        sites = {self.index[site.name]: site for site in self.sites}
-        self.scale = nn.ParameterDict({i: torch.zeros(site.d_out) for i, site in sites.items()})
-        self.shift = nn.ParameterDict({i: torch.zeros(site.d_out) for i, site in sites.items() if site.bias})
+        # one tensor a width, a row a site: hundreds of small ones would cost more in a file, and in an optimiser's step
+        scales, shifts = dict[int, int](), dict[int, int]()
+        self.scale_row, self.shift_row = dict[str, int](), dict[str, int]()
+        for site in self.sites:
+            self.scale_row[site.name] = scales.setdefault(site.d_out, 0)
+            scales[site.d_out] += 1
+            if site.bias:
+                self.shift_row[site.name] = shifts.setdefault(site.d_out, 0)
+                shifts[site.d_out] += 1
+        self.scale = nn.ParameterDict({str(width): torch.zeros(n, width) for width, n in scales.items()})
+        self.shift = nn.ParameterDict({str(width): torch.zeros(n, width) for width, n in shifts.items()})
+
+    def scale_of(self, site: Site) -> Tensor:
+        """Returns `gamma - 1` of a site `[..., d_out]`."""
+        return self.scale[str(site.d_out)][..., self.scale_row[site.name], :]
+
+    def shift_of(self, site: Site) -> Tensor | None:
+        """Returns beta of a site `[..., d_out]`, None where the map has no bias."""
+        return self.shift[str(site.d_out)][..., self.shift_row[site.name], :] if site.bias else None
 
     def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Sequence[Tensor]:
         additions = []
@@ -58,11 +73,11 @@ class SSF(Delta):
 
         In the dtype of `like`: under autocast the product of both would otherwise be wider than what it replaces.
         """
-        return _row([self.scale[self.index[site.name]] for site in sites]).to(like.dtype)
+        return _row([self.scale_of(site) for site in sites]).to(like.dtype)
 
     def shifts(self, sites: Sequence[Site], like: Tensor) -> Tensor | None:
         """Returns beta of some sites as `scales` does gamma, zero where there is none; None where none has one."""
-        parts = [self.shift[self.index[site.name]] if site.bias else None for site in sites]
+        parts = [self.shift_of(site) for site in sites]
         own = [part for part in parts if part is not None]
         if not own:
             return None
@@ -71,10 +86,9 @@ class SSF(Delta):
         return _row(filled).to(like.dtype)
 
     def change(self, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        i = self.index[site.name]
-        scale = self.scale[i]
+        scale, shift = self.scale_of(site), self.shift_of(site)
         dw = scale.reshape(-1, *[1] * (weight.ndim - 1)) * weight
-        return dw, None if bias is None else scale * bias + self.shift[i]
+        return dw, None if bias is None or shift is None else scale * bias + shift
 
 
 def _row(parts: Sequence[Tensor]) -> Tensor:
