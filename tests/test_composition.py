@@ -13,7 +13,7 @@ from models import MODELS
 from petiole.core.here import Here
 from petiole.core.plugin import Delta, Plugin
 from petiole.core.site import Site
-from petiole.core.taps import Taps, side_by_side
+from petiole.core.taps import Taps, side_by_side, spread
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -154,7 +154,7 @@ class Listening(Taps):
         return additions
 
     def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
-        return y + torch.cat(list(self.ask(plugin, sites, x, here)), dim=-1)
+        return y + spread(self.ask(plugin, sites, x, here), here.starts, y.shape[-1])
 
 
 def first_addition(model: pt.Adapted) -> Tensor:

@@ -53,6 +53,20 @@ def test_add_product_equals_the_sum_with_its_gradients(blocks: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("is_written_into", [True, False])
+def test_add_product_to_some_columns_leaves_the_others(is_written_into: bool) -> None:
+    w, x = random(12, 4).requires_grad_(), random(2, 5, 4, seed=1).requires_grad_()
+    code, up = random(2, 5, 3, seed=2).requires_grad_(), random(4, 3, seed=3).requires_grad_()
+    y = x @ w.T
+    found = add_product(y if is_written_into else y.view_as(y), code, up, 8)
+    expected = x @ w.T + torch.cat([torch.zeros(2, 5, 8, dtype=torch.float64), code @ up.T], dim=-1)
+    torch.testing.assert_close(found, expected)
+    weights, inputs = random(2, 5, 12, seed=4), (w, x, code, up)
+    grads = [torch.autograd.grad((out * weights).sum(), inputs) for out in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_add_product_leaves_a_view_as_it_was() -> None:
     base = random(2, 5, 12)
     part = base[..., :6]

@@ -19,13 +19,16 @@ class Here:
         residual: At a branch site, the residual stream before the norm `[B, N, width]`.
         outputs: At linear and affine sites what the frozen maps gave, one `[B, N, d_out]` a site.
         weights: At linear sites their frozen weights, one `[d_out, d_in]` a site.
+        starts: At linear sites of a fused map, where each one's columns begin in the map's output.
     """
 
     flow: Flow
     residual: Tensor | None = None
     outputs: tuple[Tensor, ...] = ()
     weights: tuple[Tensor, ...] = ()
+    starts: tuple[int, ...] = ()
 
     def only(self, i: int) -> "Here":
         """Returns what is at hand at one of several sites."""
-        return Here(self.flow, self.residual, self.outputs[i : i + 1], self.weights[i : i + 1])
+        one = slice(i, i + 1)
+        return Here(self.flow, self.residual, self.outputs[one], self.weights[one], self.starts[one])

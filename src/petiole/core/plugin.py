@@ -91,6 +91,9 @@ class Bypass(Plugin):
     parameter may carry one leading axis of length B: rows of a batch can then use different plugins.
     """
 
+    adds_to_some: ClassVar[bool] = False
+    """Whether `add_onto` also takes an output in which other sites have columns."""
+
     @abstractmethod
     def add(self, site: Site, x: Tensor, here: Here) -> Tensor:
         """Returns what is added at one site.
@@ -115,11 +118,11 @@ class Bypass(Plugin):
         """Returns `y` with the additions of `add_group` side by side; override to save the temporary.
 
         Args:
-            sites: All the sites behind `y`, in order.
+            sites: All the sites behind `y`, in order; some of them if the plugin `adds_to_some`.
             x: Their shared input `[B, N, d_in]`.
             y: Fresh output of the frozen map, `[B, N, sum of d_out]`, which no other plugin adds to; may be written
                 into.
-            here: What else is at hand.
+            here: What else is at hand, also where each site's columns begin.
         """
         additions = self.add_group(sites, x, here)
         return y + (additions if isinstance(additions, Tensor) else torch.cat(list(additions), dim=-1))

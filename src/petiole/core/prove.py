@@ -15,7 +15,7 @@ from .flow import Flow
 from .here import Here
 from .plugin import Delta, Plugin
 from .site import Site
-from .taps import Taps, side_by_side
+from .taps import Taps, side_by_side, spread
 from .twin import twin
 from .view import View
 
@@ -200,4 +200,4 @@ class _Probes(Taps):
         return [dy + probe for dy, probe in zip(additions, probes, strict=True)]
 
     def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
-        return y + torch.cat(list(self.ask(plugin, sites, x, here)), dim=-1)
+        return y + spread(self.ask(plugin, sites, x, here), here.starts, y.shape[-1])

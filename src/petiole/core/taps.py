@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .flow import Flow
@@ -83,8 +84,11 @@ class Taps:
         for plugin in owners:
             sites = [site for owner, site in here if owner is plugin]
             places = [names.index(site.name) for site in sites]
-            seen = Here(flow, None, tuple(frozen[i] for i in places), tuple(rows[i] for i in places))
-            if isinstance(total, Tensor) and len(sites) == len(names) and len(owners) == 1:
+            starts = tuple(i * frozen[0].shape[-1] for i in places) if isinstance(total, Tensor) else ()
+            seen = Here(flow, None, tuple(frozen[i] for i in places), tuple(rows[i] for i in places), starts)
+            assert isinstance(plugin, Bypass)
+            is_lone = len(owners) == 1 and (plugin.adds_to_some or len(sites) == len(names))
+            if isinstance(total, Tensor) and is_lone:
                 total = self.onto(plugin, sites, x, total, seen)
             else:
                 additions = side_by_side(self.ask(plugin, sites, x, seen), sites)
@@ -138,6 +142,12 @@ class Taps:
         """Asks one plugin for its additions at sites that share one input."""
         assert isinstance(plugin, Bypass)
         return plugin.add_group(sites, x, here)
+
+
+def spread(additions: Sequence[Tensor], starts: Sequence[int], width: int) -> Tensor:
+    """Returns additions to some columns of an output as one to all of them `[B, N, width]`, zero elsewhere."""
+    padded = [F.pad(dy, (i, width - i - dy.shape[-1])) for dy, i in zip(additions, starts or (0,), strict=True)]
+    return sum(padded[1:], padded[0])
 
 
 def side_by_side(additions: Tensor | Sequence[Tensor], sites: Sequence[Site]) -> Sequence[Tensor]:

@@ -32,6 +32,7 @@ class LoRA(Delta):
     """
 
     method = "lora"
+    adds_to_some = True
 
     def __init__(
         self, *, rank: int = 8, roles: Sequence[str] = ("q", "v"), scale: float = 1.0, dropout: float = 0.1
@@ -56,9 +57,10 @@ class LoRA(Delta):
         return [code @ self.up[self.index[site.name]].mT for code, site in zip(codes, sites, strict=True)]
 
     def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
-        if len(sites) > 1:
-            return super().add_onto(sites, x, y, here)
-        return add_product(y, self.code(sites, x), self.up[self.index[sites[0].name]])
+        codes = self.code(sites, x).split(self.rank, dim=-1)
+        for site, code, start in zip(sites, codes, here.starts or (0,), strict=True):
+            y = add_product(y, code, self.up[self.index[site.name]], start)
+        return y
 
     def code(self, sites: Sequence[Site], x: Tensor) -> Tensor:
         """Returns the low-rank codes of sites that share `x`, side by side `[B, N, sites * rank]`."""
