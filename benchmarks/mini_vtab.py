@@ -3,7 +3,7 @@
     python benchmarks/mini_vtab.py --data ../shared/data/tasks                   # everything: minutes a task on a GPU
     python benchmarks/mini_vtab.py --data ../shared/data/tasks --tasks short --epochs 20 --choose-epochs 6 \
         --seeds 1 --precision bf16 --unfused                                     # what two CPU cores can do
-    python benchmarks/mini_vtab.py --data digits --methods fact-tt4,lora-8 --epochs 15
+    python benchmarks/mini_vtab.py --data digits --methods fact-tt8 --epochs 15
 
 For each method and task, the setting is chosen on validation (trained on the training split, seed 0); the model is then
 trained on training and validation images together and scored on test after the last epoch, once per seed. Nothing is
@@ -45,7 +45,10 @@ CONTESTANTS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[Any, ...]], tu
     "fact-tk16": ("fact", {"rank": 16, "form": "tk"}, SCALES, (3e-3,)),
     "convpass-attn": ("convpass", {"roles": ("attn",)}, SCALES, (3e-3,)),
     "convpass": ("convpass", {}, SCALES, (3e-3,)),
+    "fact-tt8": ("fact", {"rank": 8, "scale": 10.0}, {}, (3e-3,)),
 }
+# the last one is for the handwritten digits
+TABLE = tuple(CONTESTANTS)[:-1]
 
 
 def choices(name: str) -> Iterator[tuple[dict[str, Any], float]]:
@@ -88,7 +91,7 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="folder of packs, or the name of a task")
-    parser.add_argument("--methods", default=",".join(CONTESTANTS))
+    parser.add_argument("--methods", default=",".join(TABLE))
     parser.add_argument("--tasks", help="comma-separated names of packs, or `short`; all by default")
     parser.add_argument("--backbone", default="micro")
     parser.add_argument("--epochs", type=int, default=100)
