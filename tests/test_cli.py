@@ -213,8 +213,8 @@ def test_fit_without_the_plot_extra_says_so(petiole: Command, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["squares", "-m", "lorra"], "no method is called 'lorra', did you mean 'lora'?: choose "),
-        (["squares", "-s", "rnk=4"], "fact has no setting 'rnk', did you mean 'rank'?: it has "),
+        (["squares", "-m", "lorra"], "no method is called 'lorra' (did you mean 'lora'?): choose "),
+        (["squares", "-s", "rnk=4"], "fact has no setting 'rnk' (did you mean 'rank'?): it has "),
         (["squares", "-m", "full", "-s", "rank=4"], "full has no setting 'rank': it has none"),
         (["squares", "-s", "rank"], "--set takes key=value, e.g. --set rank=16; got 'rank'"),
         (["squares", "-s", "rank=abc"], "--set rank takes a whole number (default "),
@@ -232,11 +232,11 @@ def test_fit_without_the_plot_extra_says_so(petiole: Command, monkeypatch: pytes
         ([], "nothing to learn was given: pass DATA, e.g. `petiole fit photos/`, or --recipe and --task"),
         (["-r", "fact-tt-paper"], "nothing to learn was given: pass DATA"),
         (["--task", "cifar"], "--task cifar is the row of a recipe: add --recipe, or pass cifar as DATA"),
-        (["squares", "-r", "convpass-papr"], "no recipe is called 'convpass-papr', did you mean 'convpass-paper'?"),
-        (["-r", "fact-tt-paper", "--task", "cifr"], "fact-tt-paper has a row per VTAB-1k task; 'cifr' is none, did yo"),
+        (["squares", "-r", "convpass-papr"], "no recipe is called 'convpass-papr' (did you mean 'convpass-paper'?)"),
+        (["-r", "fact-tt-paper", "--task", "cifr"], "fact-tt-paper has a row per VTAB-1k task; 'cifr' is none (did yo"),
         (["squares", "-r", "fact-tt-paper"], "fact-tt-paper has a row per VTAB-1k task; 'squares' is none: name one"),
         (["squares", "-r", "default", "-m", "lora"], "the recipe default is of the method convpass, not lora: leave"),
-        (["squares", "-r", "default", "-s", "dmi=3"], "convpass has no setting 'dmi', did you mean 'dim'?"),
+        (["squares", "-r", "default", "-s", "dmi=3"], "convpass has no setting 'dmi' (did you mean 'dim'?)"),
         (["-r", "fact-tt-paper", "--task", "cifar"], "no task is called 'cifar'"),
         (["/nowhere/photos"], "no task is called '/nowhere/photos'"),
     ],
@@ -357,7 +357,7 @@ def test_eval_prints_the_runs_own_accuracy(petiole: Command, plugin: Path) -> No
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["squares", "--split", "tset"], "no split is called 'tset', did you mean 'test'?: choose train, val or test"),
+        (["squares", "--split", "tset"], "no split is called 'tset' (did you mean 'test'?): choose train, val or test"),
         (["untested"], "squares has no test split: choose train or val"),
         (["swapped"], "class 1 is 'green' in the model and 'blue' in squares"),
         (["digits"], "the model has 3 classes, the task digits has 10"),

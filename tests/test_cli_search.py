@@ -143,7 +143,7 @@ def test_run_that_no_search_has_led_to_is_left_alone(petiole: Command, monkeypat
     ("args", "message"),
     [
         (["-g", "rank"], "--grid takes key=value,value,..., e.g. --grid scale=0.1,1,10; got 'rank'"),
-        (["-g", "rnk=1,2"], "fact has no setting 'rnk', did you mean 'rank'?: it has rank, form, "),
+        (["-g", "rnk=1,2"], "fact has no setting 'rnk' (did you mean 'rank'?): it has rank, form, "),
         (["-g", "epochs=1,2"], "fact has no setting 'epochs'"),
         (["-g", "rank=1,x"], "--grid rank takes a whole number (default 8), got 'x'"),
         (["-g", "rank=1,"], "--grid rank takes a whole number (default 8), got ''"),

@@ -131,8 +131,11 @@ def test_every_call_returns_a_plugin_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("convpass-papr",), "no recipe is called 'convpass-papr', did you mean 'convpass-paper'?: choose one of"),
-        (("convpass-paper", "cifr"), "convpass-paper has a row per VTAB-1k task; 'cifr' is none, did you mean 'cifar'"),
+        (("convpass-papr",), "no recipe is called 'convpass-papr' (did you mean 'convpass-paper'?): choose one of"),
+        (
+            ("convpass-paper", "cifr"),
+            "convpass-paper has a row per VTAB-1k task; 'cifr' is none (did you mean 'cifar'?)",
+        ),
         (("fact-tt-paper",), "fact-tt-paper has a row per VTAB-1k task; none was named: name one as the task, cifar, "),
         (("fact-tt-paper", "zzz"), "fact-tt-paper has a row per VTAB-1k task; 'zzz' is none: name one as the task, "),
     ],

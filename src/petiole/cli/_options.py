@@ -112,9 +112,9 @@ def _typed(value: Any, default: Any) -> Any:
 
 
 def nearest(name: str, known: Any) -> str:
-    """Returns `, did you mean ...?` where a known name is near."""
+    """Returns ` (did you mean ...?)` where a known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _or(names: list[str]) -> str:

@@ -208,4 +208,4 @@ def find(name: str) -> Published:
 
 def _nearest(name: str | None, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name or "", list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
