@@ -205,7 +205,7 @@ def test_row_of_the_view_table_names_a_class_of_its_file(name: str) -> None:
 
 
 def test_error_tree_is_drawn_as_it_is() -> None:
-    classes = {n: c for n, c in vars(errors).items() if inspect.isclass(c)}
+    classes = {n: c for n, c in vars(errors).items() if inspect.isclass(c) and c.__module__ == errors.__name__}
     drawn = [line.strip("│├└─ ").split("  ")[0] for line in (errors.__doc__ or "").splitlines() if "Error" in line]
     assert drawn == list(classes)
     assert all(issubclass(cls, errors.PetioleError) for cls in classes.values())

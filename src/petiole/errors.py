@@ -13,6 +13,9 @@
 A message says what was asked, what was found and what to do. The command line prints it after `error:`, exit code 1.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class PetioleError(Exception):
     """Base of every error that petiole raises on purpose."""
@@ -48,3 +51,9 @@ class FitError(PetioleError):
 
 class DivergedError(FitError):
     """Training whose loss is no longer finite."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ` (did you mean ...?)` for a message, where a known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -12,7 +12,7 @@ from ..core.flow import Flow
 from ..core.site import Site
 from ..core.taps import Taps
 from ..errors import BackboneError, MergeError
-from ._parts import at, linear_site, need, plain_linear
+from ._parts import at, linear_site, need, plain_linear, run_linear, run_linears
 from ._plain import PlainView
 
 
@@ -52,17 +52,16 @@ class HFView(PlainView):
         ]
 
     def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Tensor]:
-        outputs = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
-        weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-        parts = taps.linear((f"{name}.q", f"{name}.k", f"{name}.v"), x, outputs, weights, flow)
+        names = (f"{name}.q", f"{name}.k", f"{name}.v")
+        parts = run_linears((attn.q_proj, attn.k_proj, attn.v_proj), names, x, taps, flow)
         q, k, v = (t.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for t in parts)
         # each modelling file keeps its eager kernel beside its attention class
         eager = sys.modules[type(attn).__module__].eager_attention_forward
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
         dropout = getattr(attn, self.dropout) if attn.training else 0.0
         y, _ = kernel(attn, q, k, v, None, dropout=dropout, scaling=getattr(attn, self.scale))
-        y, proj = y.flatten(2).contiguous(), at(attn, self.wiring.proj)
-        return taps.linear((f"{name}.proj",), y, (proj(y),), proj.weight, flow)[0], k
+        proj = at(attn, self.wiring.proj)
+        return run_linear(proj, f"{name}.proj", y.flatten(2).contiguous(), taps, flow), k
 
     def start(self, model: Any, images: Tensor) -> tuple[Tensor, Flow]:
         """Returns the embedded tokens `[B, N, d]` and the facts about them."""

@@ -63,6 +63,11 @@ def run_linear(module: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> Ten
     return taps.linear((name,), x, module(x), module.weight, flow)[0]
 
 
+def run_linears(modules: Sequence[Any], names: Sequence[str], x: Tensor, taps: Taps, flow: Flow) -> Sequence[Tensor]:
+    """Returns the outputs of separate linear maps that share the input `x`, with the plugins' additions."""
+    return taps.linear(names, x, [module(x) for module in modules], [module.weight for module in modules], flow)
+
+
 def linear_site(name: str, parameter: str, module: Any, block: int, width: int, drop_path: float = 0.0) -> Site:
     """Returns the site of a whole linear map.
 

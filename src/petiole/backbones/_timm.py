@@ -14,7 +14,7 @@ from ..core.site import Kind, Site, Slot
 from ..core.taps import Taps
 from ..core.view import View
 from ..errors import MergeError
-from ._parts import affine_site, fused_sites, linear_site, need, run_linear, thirds
+from ._parts import affine_site, fused_sites, linear_site, need, run_linear, run_linears, thirds
 
 Attend = Callable[[Tensor, Flow], tuple[Tensor, Tensor]]
 
@@ -147,18 +147,17 @@ def run_qkv(attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Te
         taps: Where to call out.
         flow: Facts about the tokens.
     """
-    weights: Tensor | Sequence[Tensor]
+    names = (f"{name}.q", f"{name}.k", f"{name}.v")
     if attn.qkv is None:
-        outputs: Tensor | Sequence[Tensor] = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
-        weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-    elif getattr(attn, "q_bias", None) is None:
-        outputs = attn.qkv(x)
+        q, k, v = run_linears((attn.q_proj, attn.k_proj, attn.v_proj), names, x, taps, flow)
+        return q, k, v
+    if getattr(attn, "q_bias", None) is None:
+        fused = attn.qkv(x)
     else:
         # biases outside the map, so that the host itself reaches past `qkv`: a plugin hung on that module is dead
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        outputs = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
-    weights = weights if attn.qkv is None else attn.qkv.weight
-    q, k, v = taps.linear((f"{name}.q", f"{name}.k", f"{name}.v"), x, outputs, weights, flow)
+        fused = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+    q, k, v = taps.linear(names, x, fused, attn.qkv.weight, flow)
     return q, k, v
 
 
@@ -220,9 +219,7 @@ def scaled(block: Any, branch: int, y: Tensor) -> Tensor:
 def run_mlp(mlp: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> Tensor:
     """Returns an MLP's output `[B, N, d]`; plain, packed-gated and split-gated MLPs."""
     if isinstance(mlp, SwiGLU):
-        parts = (mlp.fc1_g(x), mlp.fc1_x(x))
-        weights = (mlp.fc1_g.weight, mlp.fc1_x.weight)
-        gate, value = taps.linear((f"{name}.fc1_g", f"{name}.fc1_x"), x, parts, weights, flow)
+        gate, value = run_linears((mlp.fc1_g, mlp.fc1_x), (f"{name}.fc1_g", f"{name}.fc1_x"), x, taps, flow)
         h = mlp.act(gate) * value
     else:
         h = run_linear(mlp.fc1, f"{name}.fc1", x, taps, flow)

@@ -9,7 +9,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 from ..core.flow import Flow
 from ..core.taps import Taps
 from ._hf import HFView
-from ._parts import IMAGENET, run_linear
+from ._parts import IMAGENET, run_linear, run_linears
 from ._plain import Wiring
 
 
@@ -47,10 +47,8 @@ class HFDinov2(HFView):
         mlp = block.mlp
         if not hasattr(mlp, "gate_proj"):
             return super().run_mlp(block, name, x, taps, flow)
-        parts = (mlp.gate_proj(x), mlp.up_proj(x))
-        gate, value = taps.linear(
-            (f"{name}.fc1_g", f"{name}.fc1_x"), x, parts, (mlp.gate_proj.weight, mlp.up_proj.weight), flow
-        )
+        names = (f"{name}.fc1_g", f"{name}.fc1_x")
+        gate, value = run_linears((mlp.gate_proj, mlp.up_proj), names, x, taps, flow)
         h = mlp.act_fn(gate) * value
         return run_linear(mlp.down_proj, f"{name}.fc2", h, taps, flow)
 

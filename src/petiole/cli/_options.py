@@ -1,6 +1,5 @@
 """Options that several commands share."""
 
-import difflib
 import importlib.util
 import pkgutil
 from pathlib import Path
@@ -50,8 +49,8 @@ def read_settings(method: str, settings: list[str]) -> dict[str, Any]:
     Raises:
         PluginError: An unknown method, or settings it cannot take.
     """
-    from ..errors import PluginError
-    from ..plugins import METHODS
+    from ..errors import PluginError, nearest
+    from ..plugins import METHODS, settings_of
 
     if method not in METHODS:
         raise PluginError(f"no method is called {method!r}{nearest(method, METHODS)}: choose {_or(list(METHODS))}")
@@ -85,16 +84,6 @@ def read_value(name: str, text: str, default: Any, hint: str = "") -> Any:
         raise PluginError(f"{name} takes {wanted} ({hint or f'default {default}'}), got {text!r}") from error
 
 
-def settings_of(method: str) -> dict[str, Any]:
-    """Returns a method's settings with their defaults."""
-    import inspect
-
-    from ..plugins import METHODS
-
-    cls = getattr(importlib.import_module(f"petiole.plugins.{method}"), METHODS[method])
-    return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
-
-
 def _typed(value: Any, default: Any) -> Any:
     """Returns a value as its default's type; lists may be written `q,v`, numbers `1e-3`.
 
@@ -109,12 +98,6 @@ def _typed(value: Any, default: Any) -> Any:
     if kind in (bool, int, str) and type(value) is not kind:
         raise ValueError
     return value
-
-
-def nearest(name: str, known: Any) -> str:
-    """Returns ` (did you mean ...?)` where a known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _or(names: list[str]) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import nearest
 from . import _show
-from ._options import nearest, read_settings, read_value
+from ._options import read_settings, read_value
 
 if TYPE_CHECKING:
     from torch import nn

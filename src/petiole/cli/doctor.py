@@ -63,8 +63,7 @@ def _proofs(host: "nn.Module", view: "View") -> list[dict]:  # type: ignore[type
     from ..core.adapted import Adapted
     from ..core.prove import prove_attached
     from ..errors import PetioleError
-    from ..plugins import METHODS, method
-    from ._options import settings_of
+    from ..plugins import METHODS, method, settings_of
 
     proofs = []
     for name in METHODS:

@@ -18,7 +18,7 @@ def evaluate(
     """Score a plugin file on one split of a task."""
     from dataclasses import asdict
 
-    from ..errors import TaskError
+    from ..errors import TaskError, nearest
     from ..files import inspect
     from ..tasks import open_task
     from ..tasks.cache import Pixels
@@ -27,7 +27,7 @@ def evaluate(
     from ..train.evaluate import evaluate as score
     from ..train.progress import Progress
     from . import _show
-    from ._options import load_model, nearest
+    from ._options import load_model
 
     inspect(file)
     splits = ("train", "val", "test")

@@ -57,18 +57,17 @@ class Adapted(nn.Module):
         unused = tuple(f"{name}." for name in idle)
         like = next(backbone.parameters())
         self.view = view
-        idling = {type(tuning).__name__ for tuning in tunings}
+        found: set[Tuning] = set()
 
         def trains(name: str, owner: nn.Module) -> bool:
-            asking = {type(t).__name__ for t in tunings if t.trains(name, owner)} if tunings else set()
-            if f"{name}.".startswith(unused):
-                return False
-            idling.difference_update(asking)
+            asking = [t for t in tunings if not f"{name}.".startswith(unused) and t.trains(name, owner)]
+            found.update(asking)
             return bool(asking)
 
         self.backbone = twin(backbone, trains)
-        if idling:
-            raise PluginError(f"{', '.join(sorted(idling))} finds nothing to train in this {type(backbone).__name__}")
+        for tuning in tunings:
+            if tuning not in found:
+                raise PluginError(f"{type(tuning).__name__} finds nothing to train in this {type(backbone).__name__}")
         self.plugins = nn.ModuleList(plugins).to(like.device, like.dtype)
         self.classes = None if classes is None else tuple(classes)
         self.head = None if classes is None else _head(view.num_features(backbone), len(classes), generator).to(like)
@@ -115,11 +114,8 @@ class Adapted(nn.Module):
     def frozen(self, site: Site) -> tuple[Tensor, Tensor | None]:
         """Returns the weight `[d_out, ...]` and the bias `[d_out]` behind a linear or affine site, before plugins."""
         assert site.weight is not None
-        slots = (site.weight, site.bias)
-        tensors = dict(self.backbone.named_parameters())
-        weight, bias = (None if s is None else tensors[s.name].detach()[s.start : s.stop] for s in slots)
-        assert weight is not None
-        return weight, bias
+        weight = _rows(self.backbone, site.weight)
+        return weight, None if site.bias is None else _rows(self.backbone, site.bias)
 
     def task_state(self) -> dict[str, Tensor]:
         """Returns what belongs to the task and not to the backbone: trained parameters and the plugins' buffers."""
@@ -172,6 +168,10 @@ def _head(num_features: int, num_classes: int, generator: torch.Generator) -> nn
         head.weight.uniform_(-bound, bound, generator=generator)
         head.bias.uniform_(-bound, bound, generator=generator)
     return head
+
+
+def _rows(model: nn.Module, slot: Slot) -> Tensor:
+    return model.get_parameter(slot.name).detach()[slot.start : slot.stop]
 
 
 def _fold(tensors: dict[str, nn.Parameter], site: Site, slot: Slot | None, change: Tensor | None) -> None:

@@ -85,7 +85,7 @@ class Taps:
             sites = [site for owner, site in here if owner is plugin]
             places = [names.index(site.name) for site in sites]
             starts = tuple(i * frozen[0].shape[-1] for i in places) if isinstance(total, Tensor) else ()
-            seen = Here(flow, None, tuple(frozen[i] for i in places), tuple(rows[i] for i in places), starts)
+            seen = Here(flow, None, tuple(frozen[i] for i in places), tuple(rows[i] for i in places if rows), starts)
             assert isinstance(plugin, Bypass)
             is_lone = len(owners) == 1 and (plugin.adds_to_some or len(sites) == len(names))
             if isinstance(total, Tensor) and is_lone:
@@ -100,17 +100,10 @@ class Taps:
 
     def affine(self, name: str, y: Tensor, flow: Flow) -> Tensor:
         """Returns what a norm or the patch embedding gives, `[B, ..., d]`, with the plugins' additions."""
-        here = self.table.get(name, ())
-        if not here:
+        if name not in self.table:
             return y
         tokens = y.reshape(len(y), -1, y.shape[-1])
-        total, seen = tokens, Here(flow, None, (tokens,))
-        for plugin, site in here:
-            if len(here) == 1:
-                total = self.onto(plugin, [site], tokens, total, seen)
-            else:
-                total = total + side_by_side(self.ask(plugin, [site], tokens, seen), [site])[0]
-        return total.reshape(y.shape)
+        return self.linear((name,), tokens, (tokens,), (), flow)[0].reshape(y.shape)
 
     def branch(self, name: str, y: Tensor, x: Tensor, flow: Flow, residual: Tensor) -> Tensor:
         """Returns the residual stream `y` after a branch, with the plugins' additions.

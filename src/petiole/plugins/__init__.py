@@ -1,6 +1,7 @@
 """One method, one short file. The table below is the list of methods."""
 
 import importlib
+import inspect
 from typing import Any
 
 from ..core.plugin import Plugin
@@ -31,8 +32,16 @@ def method(name: str, **settings: Any) -> Plugin:
     """
     if name not in METHODS:
         raise PluginError(f"no method is called {name!r}: choose one of {', '.join(METHODS)}")
-    cls = getattr(importlib.import_module(f"{__name__}.{name}"), METHODS[name])
     try:
-        return cls(**settings)
+        return _load(name)(**settings)
     except TypeError as error:
         raise PluginError(f"{name} cannot take these settings: {error}") from error
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Returns the settings of a method in the table, with their defaults."""
+    return {key: parameter.default for key, parameter in inspect.signature(_load(name)).parameters.items()}
+
+
+def _load(name: str) -> type[Plugin]:
+    return getattr(importlib.import_module(f"{__name__}.{name}"), METHODS[name])

@@ -29,7 +29,7 @@ def _choose(plugin: Plugin, sites: Sequence[Site], kind: Kind, roles: Sequence[s
     found = [site for site in sites if site.kind == kind]
     known = list(dict.fromkeys(site.role for site in found))
     unknown = [role for role in roles or () if role not in known]
-    if unknown or not found or roles == ():
+    if unknown or not found or (roles is not None and not roles):
         asked = ", ".join(unknown or roles or [f"a {kind} site"]) or "no role at all"
         raise PluginError(
             f"{type(plugin).__name__} was asked for {asked}; this backbone has {', '.join(known) or 'none'}"

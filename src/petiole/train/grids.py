@@ -9,8 +9,6 @@ recipe's upwards, since few trained numbers bear larger steps.
 """
 
 import hashlib
-import importlib
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 from ..core.plugin import Plugin
 from ..errors import FitError, PluginError
-from ..plugins import METHODS
+from ..plugins import METHODS, settings_of
 from ..plugins import method as make
 from .recipe import Recipe
 
@@ -126,8 +124,7 @@ def fields_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def known_axes(method: str) -> dict[str, Any]:
     """Returns what a grid of the method may vary: its settings with their defaults, then fields of the recipe."""
-    cls = getattr(importlib.import_module(f"petiole.plugins.{method}"), METHODS[method])
-    settings = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    settings = settings_of(method)
     return settings | {name: like for name, like in RECIPE_AXES.items() if name not in settings}
 
 

@@ -5,12 +5,11 @@ FacT (Jie and Deng, 2023, arXiv 2212.03145) published with their code, and table
 ViT-B/16 of ImageNet-21k, timm's `vit_base_patch16_224.orig_in21k`, on the 1,000 images of a VTAB-1k task.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FitError
+from ..errors import FitError, nearest
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Published:
         """
         if self.rows and task not in self.rows:
             asked = "none was named" if task is None else f"{task!r} is none"
-            advice = _nearest(task, self.rows) or f": name one as the task, {', '.join(self.rows)}"
+            advice = nearest(task or "", self.rows) or f": name one as the task, {', '.join(self.rows)}"
             raise FitError(f"{self.name} has a row per VTAB-1k task; {asked}{advice}")
         return {**self.settings, **(self.rows[task] if task is not None and self.rows else {})}
 
@@ -202,10 +201,5 @@ def find(name: str) -> Published:
         FitError: There is none.
     """
     if name not in PUBLISHED:
-        raise FitError(f"no recipe is called {name!r}{_nearest(name, PUBLISHED)}: choose one of {', '.join(PUBLISHED)}")
+        raise FitError(f"no recipe is called {name!r}{nearest(name, PUBLISHED)}: choose one of {', '.join(PUBLISHED)}")
     return PUBLISHED[name]
-
-
-def _nearest(name: str | None, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name or "", list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

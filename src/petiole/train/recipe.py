@@ -52,7 +52,7 @@ class Recipe:
             and colour jitter.
         train_on: `train`; or `train+val`, the VTAB protocol, which leaves nothing to validate on.
         checkpoint: Whether every block is computed again in the backward pass, which then keeps only the block's input:
-            a fraction of the memory for about 1.7 times the time of a plugin's step. The gradients are the same.
+            a fraction of the memory for about 1.5 times the time of a plugin's step. The gradients are the same.
 
     Differs from the papers: the learning rate follows the cosine step by step, reaches its peak, and the last batch is
     used; nothing is ever selected on test.
