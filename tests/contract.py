@@ -40,20 +40,26 @@ PLUGINS = {
     "adapter-houlsby": Row(lambda: pt.Adapter(dim=3, placement="houlsby", scale=0.1), 2 * DEPTH * bottleneck(3)),
     "adaptformer": Row(lambda: pt.AdaptFormer(dim=5, scale=0.1), DEPTH * bottleneck(5)),
     "adaptformer-unbiased": Row(lambda: pt.AdaptFormer(dim=5, scale=0.5, bias=False), DEPTH * 2 * WIDTH * 5),
+    "adaptformer-1-bit": Row(lambda: pt.AdaptFormer(dim=5, bias=False, bits=1), DEPTH * 2 * WIDTH * 5, False),
+    "adapter-4-bit": Row(lambda: pt.Adapter(dim=3, scale=0.1, bits=4), DEPTH * bottleneck(3), False),
     "bitfit": Row(pt.BitFit, (11 * DEPTH + 2) * WIDTH),
     "convpass": Row(lambda: pt.Convpass(dim=3, scale=0.1), 2 * DEPTH * (bottleneck(3) + 9 * 9 + 3)),
     "convpass-attn": Row(lambda: pt.Convpass(dim=3, roles=("attn",), scale=0.1), DEPTH * (bottleneck(3) + 9 * 9 + 3)),
     "convpass-dirac": Row(lambda: pt.Convpass(dim=3, scale=0.1, init="dirac"), 2 * DEPTH * (bottleneck(3) + 9 * 9 + 3)),
+    "convpass-1-bit": Row(lambda: pt.Convpass(dim=3, bias=False, bits=1), 2 * DEPTH * (2 * WIDTH * 3 + 9 * 9), False),
     "fact-tt": Row(lambda: pt.FacT(rank=3), 2 * WIDTH * 3 + 12 * DEPTH * 9),
     "fact-tk": Row(lambda: pt.FacT(rank=3, form="tk", scale=10.0), 2 * WIDTH * 3 + 12 * DEPTH * 3 + 27),
     "fact-tk-reference": Row(
         lambda: pt.FacT(rank=3, form="tk", layout="reference"), 2 * WIDTH * 3 + 12 * DEPTH * 3 + 27
     ),
     "fact-qv": Row(lambda: pt.FacT(rank=3, roles=("q", "v")), 2 * WIDTH * 3 + 2 * DEPTH * 9),
+    "fact-tt-1-bit": Row(lambda: pt.FacT(rank=3, bits=1), 2 * WIDTH * 3 + 12 * DEPTH * 9, False),
+    "fact-tk-2-bit": Row(lambda: pt.FacT(rank=3, form="tk", bits=2), 2 * WIDTH * 3 + 12 * DEPTH * 3 + 27, False),
     "full": Row(pt.Full, BACKBONE),
     "layernorm": Row(pt.LayerNorm, (4 * DEPTH + 2) * WIDTH),
     "linear": Row(pt.Linear, 0),
     "lora": Row(lambda: pt.LoRA(rank=4), 4 * DEPTH * WIDTH * 4),
+    "lora-1-bit": Row(lambda: pt.LoRA(rank=4, bits=1), 4 * DEPTH * WIDTH * 4, False),
     "lora-all": Row(
         lambda: pt.LoRA(rank=2, roles=("q", "k", "v", "proj", "fc1", "fc2"), scale=0.5),
         DEPTH * 2 * (3 * 2 * WIDTH + 2 * WIDTH + 5 * WIDTH + 5 * WIDTH),
@@ -62,6 +68,7 @@ PLUGINS = {
     "repadapter-attn": Row(
         lambda: pt.RepAdapter(groups=4, roles=("attn",), scale=0.5, bias=False), DEPTH * 8 * WIDTH * 5 // 4
     ),
+    "repadapter-1-bit": Row(lambda: pt.RepAdapter(bias=False, bits=1), DEPTH * 2 * 8 * WIDTH * 3 // 2, False),
     "ssf": Row(pt.SSF, (22 * DEPTH + 4) * WIDTH),
     "vpt-deep": Row(lambda: pt.VPT(num_prompts=3), DEPTH * 3 * WIDTH, is_identity=False),
     "vpt-shallow": Row(lambda: pt.VPT(num_prompts=3, deep=False), 3 * WIDTH, is_identity=False),

@@ -358,12 +358,17 @@ class TestInspect:
         size = save(model, path, metrics={"val_accuracy": 0.875}, notes="cats")
         info = inspect(path)
         assert info.plugins == (
-            {"method": "lora", "settings": {**model.taps.plugins[0].settings(), "roles": ["q", "fc2"]}},
+            {
+                "method": "lora",
+                "settings": {**model.taps.plugins[0].settings(), "roles": ["q", "fc2"]},
+                "num_weights": 896,
+                "num_matrices": 8,
+            },
         )
         assert info.backbone["class"] == "timm.models.vision_transformer.VisionTransformer"
         assert (info.backbone["dtype"], info.backbone["width"]) == ("float32", 32)
         assert info.classes == tuple(CLASSES)
-        assert info.head == {"in_features": 32, "out_features": 10}
+        assert info.head == {"in_features": 32, "out_features": 10, "bits": 32}
         assert (info.metrics, info.notes, info.token_budget) == ({"val_accuracy": 0.875}, "cats", None)
         assert info.check["tolerance"] == TOLERANCE[torch.float32]
         assert info.total_bytes == size == path.stat().st_size

@@ -68,7 +68,7 @@ def test_gradient_is_autograds_with_the_code_passed_straight_through(bits: int) 
     z = (weight - mean) / (std + 1e-5)
     nearest = (z.detach()[..., None] - table).abs().argmin(-1)
     expected = mean + std * (z + (table[nearest] - z).detach())
-    found = quantise(weight, bits)
+    found = quantise(weight, levels(bits))
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
     grads = [torch.autograd.grad(out, weight, cotangent)[0] for out in (found, expected)]
     torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-13)
@@ -76,13 +76,13 @@ def test_gradient_is_autograds_with_the_code_passed_straight_through(bits: int) 
 
 def test_matrices_of_a_batch_are_quantised_each_by_itself() -> None:
     weights = torch.stack([normal(4, 6), 10 + 3 * normal(4, 6, seed=1)])
-    torch.testing.assert_close(quantise(weights, 2), torch.stack([quantise(w, 2) for w in weights]))
+    torch.testing.assert_close(quantise(weights, levels(2)), torch.stack([quantise(w, levels(2)) for w in weights]))
 
 
 @pytest.mark.parametrize("weight", [torch.full((3, 4), 2.0), torch.full((1, 1), 2.0)], ids=["constant", "one number"])
 def test_constant_matrix_stays_what_it_is_and_has_a_finite_gradient(weight: Tensor) -> None:
     weight.requires_grad_()
-    found = quantise(weight, 1)
+    found = quantise(weight, levels(1))
     found.square().sum().backward()
     assert torch.equal(found, weight)
     assert torch.isfinite(weight.grad).all()

@@ -45,6 +45,7 @@ _PUBLIC = {
     "only": "joining",
     "open_task": "tasks",
     "predict": "train.evaluate",
+    "quantise": "joining",
     "recipe": "train.published",
     "save": "files",
     "search": "train.searching",

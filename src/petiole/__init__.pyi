@@ -19,6 +19,7 @@ from .joining import adapt as adapt
 from .joining import combine as combine
 from .joining import merge as merge
 from .joining import only as only
+from .joining import quantise as quantise
 from .plugins.adapter import Adapter as Adapter
 from .plugins.adaptformer import AdaptFormer as AdaptFormer
 from .plugins.bitfit import BitFit as BitFit

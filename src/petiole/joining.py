@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from .backbones import view_of
@@ -9,10 +10,16 @@ from .core.adapted import Adapted
 from .core.plugin import Plugin, Tuning
 from .core.prove import prove_attached, prove_merged, prove_view
 from .errors import PluginError
+from .nn.weights import FULL, QuantisedLinear, Weights, copy_weights
 
 
 def adapt(
-    backbone: nn.Module, *plugins: Plugin, classes: Sequence[str] | None = None, seed: int = 0, prove: bool = True
+    backbone: nn.Module,
+    *plugins: Plugin,
+    classes: Sequence[str] | None = None,
+    head_bits: int = FULL,
+    seed: int = 0,
+    prove: bool = True,
 ) -> Adapted:
     """Returns a frozen backbone with plugins and a new head.
 
@@ -20,6 +27,7 @@ def adapt(
         backbone: A pretrained model of timm, transformers, torchvision or open_clip; never written to.
         plugins: Any number of methods, e.g. `FacT(rank=16)`.
         classes: Class names of a new linear head; None keeps the backbone's own classifier.
+        head_bits: Bits per weight of the head, 1 to 8, then without a bias; 32 for an ordinary one.
         seed: Seed of the initial values.
         prove: Whether to check that the walk equals the model and that every plugin is alive at every site.
 
@@ -35,7 +43,7 @@ def adapt(
     view = view_of(backbone)
     if prove:
         prove_view(view, backbone)
-    model = Adapted(backbone, view, plugins, classes, seed)
+    model = Adapted(backbone, view, plugins, classes, seed, head_bits)
     if prove:
         prove_attached(model)
     return model
@@ -63,11 +71,45 @@ def only(model: Adapted, *methods: str) -> Adapted:
     if tuned := [plugin.method for plugin in plugins if isinstance(plugin, Tuning)]:
         raise PluginError(f"{tuned[0]} trains the backbone itself, which cannot be taken apart")
     kept = [plugin.taken() for plugin in plugins if plugin.method in methods]
-    part = Adapted(model.backbone, model.view, kept, model.classes)
+    part = Adapted(model.backbone, model.view, kept, model.classes, head_bits=model.head_bits)
     if model.head is not None and part.head is not None:
         part.head.load_state_dict(model.head.state_dict())
     part.input_config = dict(model.input_config)
     return part
+
+
+def quantise(model: Adapted, bits: int | None = None, head_bits: int | None = None) -> Adapted:
+    """Returns a model with the same plugins and head in other numbers of bits, without training.
+
+    Every matrix is rounded to its few levels; training with `bits` from the start loses less. Back to 32 bits is exact.
+
+    Args:
+        model: An adapted model.
+        bits: Bits per weight of the plugins, 1 to 8 or 32; None keeps theirs. Biases stay whole.
+        head_bits: Bits per weight of the head; None keeps its. With few bits it has no bias.
+
+    Raises:
+        PluginError: There is nothing to quantise, or there are no such bits.
+
+    Example:
+        >>> import petiole as pt
+        >>> model = pt.adapt(pt.backbone("micro"), pt.LoRA(rank=4), classes=["cat", "dog"])
+        >>> small = pt.quantise(model, bits=1, head_bits=1)
+    """
+    plugins = model.taps.plugins
+    if whole := [type(plugin).__name__ for plugin in plugins if bits is not None and "bits" not in plugin.settings()]:
+        raise PluginError(f"{whole[0]} has no matrices to quantise: leave it as it is, or choose a method with bits")
+    if head_bits is not None and model.head is None:
+        raise PluginError("the backbone's own classifier answers: there is no head to quantise")
+    kept = [p.taken() if bits is None else type(p)(**{**p.settings(), "bits": bits}) for p in plugins]
+    bits_of_head = model.head_bits if head_bits is None else head_bits
+    other = Adapted(model.backbone, model.view, kept, model.classes, head_bits=bits_of_head)
+    other.input_config = dict(model.input_config)
+    for ours, theirs in zip(other.plugins, plugins, strict=True):
+        copy_weights(theirs, ours)
+    if model.head is not None and other.head is not None:
+        _copy_head(model.head, other.head)
+    return other
 
 
 def combine(plugins: Sequence[Plugin], factors: Sequence[float] | None = None) -> Plugin:
@@ -104,3 +146,14 @@ def merge(model: Adapted) -> nn.Module:
     plain = model.merged()
     prove_merged(model, plain)
     return plain
+
+
+@torch.no_grad()
+def _copy_head(source: nn.Linear | QuantisedLinear, target: nn.Linear | QuantisedLinear) -> None:
+    dense = source if isinstance(source, nn.Linear) else source.dense()
+    if isinstance(target, nn.Linear):
+        target.load_state_dict(dense.state_dict())
+    elif isinstance(source, QuantisedLinear) and source.bits == target.bits:
+        target.load_state_dict(source.state_dict())
+    else:
+        target.weight.take(Weights([dense.weight.detach()]))

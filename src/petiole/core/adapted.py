@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, PluginError
+from ..nn.weights import FULL, QuantisedLinear, check_bits, quantised
 from .fingerprint import digest
 from .plugin import Delta, Plugin, Tuning
 from .site import Site, Slot
@@ -29,6 +30,7 @@ class Adapted(nn.Module):
         classes: Class names of a new linear head, which starts with PyTorch's default initialisation; None keeps the
             backbone's own classifier, frozen.
         seed: Seed of every random initial value.
+        head_bits: Bits per weight of the new head, 1 to 8, then without a bias; 32 for an ordinary one.
 
     Raises:
         BackboneError: The view does not find a part of the backbone.
@@ -42,6 +44,7 @@ class Adapted(nn.Module):
         plugins: Sequence[Plugin],
         classes: Sequence[str] | None = None,
         seed: int = 0,
+        head_bits: int = FULL,
     ) -> None:
         super().__init__()
         if classes is not None and (len(classes) < 2 or len(set(classes)) != len(classes)):
@@ -70,7 +73,9 @@ class Adapted(nn.Module):
                 raise PluginError(f"{type(tuning).__name__} finds nothing to train in this {type(backbone).__name__}")
         self.plugins = nn.ModuleList(plugins).to(like.device, like.dtype)
         self.classes = None if classes is None else tuple(classes)
-        self.head = None if classes is None else _head(view.num_features(backbone), len(classes), generator).to(like)
+        self.head: nn.Linear | QuantisedLinear | None = None
+        if classes is not None:
+            self.head = _head(view.num_features(backbone), len(classes), check_bits(head_bits), generator).to(like)
         self.input_config: dict[str, Any] = view.input_config(backbone)
         # what the twin holds as copies may change: these digests still say which backbone it was made from
         inside = self.backbone.state_dict(keep_vars=True)
@@ -94,6 +99,24 @@ class Adapted(nn.Module):
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields name and parameter of everything that is trained: plugins, head, tuned backbone tensors."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    @property
+    def head_bits(self) -> int:
+        """Bits per weight of the head; 32 where it is an ordinary one, or the backbone's own classifier answers."""
+        return self.head.bits if isinstance(self.head, QuantisedLinear) else FULL
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether quantised tensors came from codes and hold their mean and deviation."""
+        return any(weights.statistics is not None for _, weights in quantised(self))
+
+    def release(self) -> None:
+        """Lets training move the mean and deviation of quantised tensors that came from codes.
+
+        They start from values that give the same codes, mean and deviation: the latent weights were not kept.
+        """
+        for _, weights in quantised(self):
+            weights.release()
 
     def set_drop_path(self, rate: float) -> None:
         """Sets stochastic depth in the twin, growing linearly from 0 in the first block to `rate`.
@@ -147,7 +170,7 @@ class Adapted(nn.Module):
                     for slot, change in zip((site.weight, site.bias), changes, strict=True):
                         _fold(tensors, site, slot, change)
         if self.head is not None:
-            self.view.set_head(plain, self.head)
+            self.view.set_head(plain, self.head.dense() if isinstance(self.head, QuantisedLinear) else self.head)
         return plain.requires_grad_(True).eval()
 
     def __repr__(self) -> str:
@@ -161,11 +184,13 @@ def _arguments(plugin: Plugin) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in plugin.settings().items())
 
 
-def _head(num_features: int, num_classes: int, generator: torch.Generator) -> nn.Linear:
+def _head(num_features: int, num_classes: int, bits: int, generator: torch.Generator) -> nn.Linear | QuantisedLinear:
     head = nn.Linear(num_features, num_classes)
     bound = num_features**-0.5
     with torch.no_grad():
         head.weight.uniform_(-bound, bound, generator=generator)
+        if bits != FULL:
+            return QuantisedLinear(head.weight.detach(), bits)
         head.bias.uniform_(-bound, bound, generator=generator)
     return head
 

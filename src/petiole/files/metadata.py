@@ -14,6 +14,7 @@ from ..core.adapted import Adapted
 from ..core.fingerprint import fingerprint
 from ..core.plugin import Plugin
 from ..errors import PetioleError, PluginFileError
+from ..nn.weights import Weights
 from ..plugins import METHODS, method
 from .container import parse, read_bytes
 
@@ -69,7 +70,7 @@ class PluginInfo:
         backbone: `class`, `name`, `tag`, `dtype`, `fingerprint` and `width` of the backbone it belongs to.
         input_config: How images become input: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
         classes: Class names, None where the backbone's own classifier answers.
-        head: `in_features` and `out_features`, None where the backbone's own classifier answers.
+        head: `in_features`, `out_features` and `bits`, None where the backbone's own classifier answers.
         token_budget: Always None in schema version 1.
         metrics: What it reached, by name.
         notes: Free text.
@@ -154,9 +155,6 @@ def describe(model: Adapted, metrics: Mapping[str, float], notes: str, check: di
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise PluginFileError(f"the metric {name} is {value}: leave it out, or give a finite number")
-    head = (
-        None if model.head is None else {"in_features": model.head.in_features, "out_features": model.head.out_features}
-    )
     return {
         "schema_version": SCHEMA_VERSION,
         "petiole": __version__,
@@ -170,7 +168,7 @@ def describe(model: Adapted, metrics: Mapping[str, float], notes: str, check: di
         },
         "input_config": model.input_config,
         "classes": None if model.classes is None else list(model.classes),
-        "head": head,
+        "head": _describe_head(model),
         "token_budget": None,
         "metrics": {name: float(value) for name, value in metrics.items()},
         "notes": notes,
@@ -186,6 +184,16 @@ def class_name(model: object) -> str:
 def dtype_name(dtype: object) -> str:
     """Returns a dtype without its library, e.g. `float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _describe_head(model: Adapted) -> dict[str, int] | None:
+    if model.head is None:
+        return None
+    return {
+        "in_features": model.head.in_features,
+        "out_features": model.head.out_features,
+        "bits": model.head_bits,
+    }
 
 
 def _describe_plugin(plugin: Plugin) -> dict[str, Any]:
@@ -206,7 +214,13 @@ def _describe_plugin(plugin: Plugin) -> dict[str, Any]:
         raise PluginFileError(
             f"{cls.__name__} made again from its settings {settings} is another plugin: {again.settings()}"
         )
-    return {"method": name, "settings": settings}
+    weights = [m for m in plugin.modules() if isinstance(m, Weights)]
+    return {
+        "method": name,
+        "settings": settings,
+        "num_weights": sum(p.numel() for w in weights for p in w.parameters()),
+        "num_matrices": sum(w.num_matrices for w in weights),
+    }
 
 
 def _validate(info: dict[str, Any], where: str) -> None:

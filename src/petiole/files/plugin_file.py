@@ -15,7 +15,9 @@ from ..core.fingerprint import digest, fingerprint
 from ..core.prove import eval_mode
 from ..core.view import View
 from ..errors import BackboneError, PetioleError, PluginFileError
+from ..nn.weights import FULL
 from ..plugins import method
+from .codes import packed, unpacked
 from .container import one_line, write
 from .metadata import NUM_IMAGES, PluginInfo, class_name, describe, dtype_name, open_file
 from .stacking import stack, unstack
@@ -29,7 +31,12 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_.\-]+)?")
 
 
 def save(
-    model: Adapted, path: str | os.PathLike[str], *, metrics: Mapping[str, float] | None = None, notes: str = ""
+    model: Adapted,
+    path: str | os.PathLike[str],
+    *,
+    metrics: Mapping[str, float] | None = None,
+    notes: str = "",
+    latent: bool = False,
 ) -> int:
     """Writes a plugin file and returns its size [bytes].
 
@@ -42,9 +49,12 @@ def save(
         path: Where to; its folder must exist.
         metrics: What the model reached, by name.
         notes: Free text.
+        latent: Whether to keep the latent weights of quantised tensors, from which training goes on exactly, instead
+            of their codes: a large file. Codes that were loaded are kept as they are otherwise.
 
     Raises:
-        PluginFileError: The file cannot be written, a tensor is not finite, or the file could not be loaded again.
+        PluginFileError: The file cannot be written, a tensor is not finite, there are no latent weights to keep, or
+            the file could not be loaded again.
 
     Example:
         >>> import petiole as pt
@@ -56,6 +66,12 @@ def save(
     tensors = model.task_state() | _moved_buffers(model)
     _check_dtypes(model, tensors)
     _check_finite(tensors, "the model")
+    if not latent:
+        tensors = packed(model, tensors)
+    elif model.holds_codes:
+        raise PluginFileError(
+            "there are no latent weights to keep: the model was read from codes and not trained since"
+        )
     return write(path, stack(tensors), describe(model, metrics or {}, notes, _expect(model)))
 
 
@@ -81,7 +97,7 @@ def load(path: str | os.PathLike[str], backbone: nn.Module | None = None, *, che
         backbone = _build_backbone(info)
     view = _match(info, backbone)
     model = _rebuild(info, backbone, view)
-    _fill(model, unstack(tensors), info.path)
+    _fill(model, unpacked(model, unstack(tensors), info.path), info.path)
     model.input_config = dict(info.input_config)
     model.eval()
     if check:
@@ -165,7 +181,7 @@ def _rebuild(info: PluginInfo, backbone: nn.Module, view: View) -> Adapted:
     """Returns a fresh adapted model with the file's plugins and head."""
     try:
         plugins = [method(entry["method"], **entry["settings"]) for entry in info.plugins]
-        return Adapted(backbone, view, plugins, info.classes)
+        return Adapted(backbone, view, plugins, info.classes, head_bits=(info.head or {}).get("bits", FULL))
     except (PetioleError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise PluginFileError(f"{info.path} describes plugins that do not fit: {one_line(error)}") from error
 

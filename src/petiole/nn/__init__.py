@@ -1,1 +1,1 @@
-"""Pure functions on tensors; nothing here knows a host library."""
+"""Functions on tensors, and the tensors a plugin trains; nothing here knows a host library."""

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codebook import levels
-
 # keeps a constant tensor, which has no deviation, from a division by zero
 GUARD = 1e-5
 
@@ -18,9 +16,13 @@ def statistics(weight: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (weight - mean).square().sum((-2, -1), keepdim=True).div(max(1, num - 1)).sqrt()
 
 
-def encode(weight: Tensor, mean: Tensor, std: Tensor, table: Tensor) -> Tensor:
-    """Returns the codes of a matrix, uint8 alike: the index of the level nearest to each standardised number."""
-    return torch.bucketize((weight - mean) / (std + GUARD), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+def encode(weight: Tensor, mean: Tensor, std: Tensor, table: Tensor, is_held: bool = False) -> Tensor:
+    """Returns the codes of a matrix, uint8 alike: the index of the level nearest to each standardised number.
+
+    Held statistics did not come from these numbers but made them: without the guard, each falls on its own level.
+    """
+    unit = std.clamp_min(torch.finfo(std.dtype).tiny) if is_held else std + GUARD
+    return torch.bucketize((weight - mean) / unit, (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
 
 def decode(codes: Tensor, mean: Tensor, std: Tensor, table: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def decode(codes: Tensor, mean: Tensor, std: Tensor, table: Tensor) -> Tensor:
     return mean + std * table[codes.long()]
 
 
-def quantise(weight: Tensor, bits: int) -> Tensor:
+def quantise(weight: Tensor, table: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
     """Returns a latent weight as its few levels, with a gradient for the latent weight.
 
     `mean + std * Q(Z)` for `Z = (weight - mean) / (std + guard)`: Q is passed straight through, mean and deviation are
@@ -38,9 +40,28 @@ def quantise(weight: Tensor, bits: int) -> Tensor:
 
     Args:
         weight: Latent matrix `[..., m, n]`; each is quantised by its own mean and deviation.
-        bits: Bits per number, 1 to 8.
+        table: Ascending levels, as `levels` of the code book gives them.
+        mean: Mean to hold `[..., 1, 1]`, with `std`: the gradient is then passed straight through. None measures them.
+        std: Deviation to hold.
     """
-    return _Quantise.apply(weight, levels(bits).to(weight))
+    table = table.to(weight.dtype)
+    if mean is None or std is None:
+        return _Quantise.apply(weight, table)
+    return _Nearest.apply(weight, mean, std, table)
+
+
+class _Nearest(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, mean: Tensor, std: Tensor, table: Tensor) -> Tensor:
+        return decode(encode(weight, mean, std, table, is_held=True), mean, std, table)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
 
 
 class _Quantise(torch.autograd.Function):

@@ -6,27 +6,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nn.weights import FULL, Weights
+
 
 class Maps(nn.Module):
-    """Linear maps `y = x W^T + b`, one per site, which start at zero.
+    """Linear maps `y = x W^T + b`, one per site.
 
     Every tensor may carry one leading axis of the batch's length: its rows then use different maps.
 
     Args:
-        shapes: d_out and d_in of each map.
-        bias: Whether they have biases.
+        weights: Initial weight `[d_out, d_in]` of each map.
+        bias: Whether they have biases, which start at zero and are never quantised.
+        bits: Bits per weight, 1 to 8; 32 for the weights as they are.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], bias: bool = True) -> None:
+    def __init__(self, weights: Sequence[Tensor], bias: bool = True, bits: int = FULL) -> None:
         super().__init__()
-        self.weight = nn.ParameterList(torch.zeros(shape) for shape in shapes)
-        self.bias = nn.ParameterList(torch.zeros(d_out) for d_out, _ in shapes if bias)
-
-    def linear_init(self, generator: torch.Generator | None) -> "Maps":
-        """Gives the weights the start of PyTorch's `Linear`, uniform within `1 / sqrt(d_in)`; biases stay zero."""
-        for weight in self.weight:
-            nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5, generator=generator)
-        return self
+        self.weight = Weights(weights, bits)
+        self.bias = nn.ParameterList(torch.zeros(len(weight)) for weight in weights if bias)
 
     def down(self, i: int, x: Tensor) -> Tensor:
         """Returns map `i` of something wide `[B, N, d_in]`."""
@@ -48,3 +45,8 @@ class Maps(nn.Module):
         if not len(self.bias):
             return (code * factor) @ weight
         return torch.baddbmm(self.bias[i].unsqueeze(-2) * factor, code * factor, weight)
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Returns the start of PyTorch's `Linear`: uniform within `1 / sqrt(d_in)`, the last axis."""
+    return nn.init.uniform_(torch.empty(shape), -(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)

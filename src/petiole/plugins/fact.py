@@ -17,6 +17,8 @@ from ..core.site import Site
 from ..errors import PluginError
 from ..nn.blocks import expand, num_blocks, tile
 from ..nn.product import add_product
+from ..nn.weights import FULL, Weights, check_bits, near_zero
+from ._maps import uniform
 from ._select import linear_sites
 
 
@@ -33,8 +35,8 @@ class FacT(Delta):
         roles: Which linear maps, by role; None for all.
         scale: Factor of the change.
         dropout: Dropout rate of the rank-wide code before V, in training.
-        layout: How tk lays out maps of several blocks: in `paper` each has its own `S_i`; `reference` interleaves
-            them as the authors' checkpoints do. The same count and rank.
+        layout: Of tk, for maps of several blocks: `paper` gives each its own `S_i`, `reference` interleaves them.
+        bits: Bits per weight, 1 to 8, trained straight through; 32 for the weights as they are.
 
     Differs from the paper: where a map is not a multiple of d wide, its last block is cut.
     """
@@ -50,42 +52,41 @@ class FacT(Delta):
         scale: float = 1.0,
         dropout: float = 0.1,
         layout: Literal["paper", "reference"] = "paper",
+        bits: int = FULL,
     ) -> None:
         super().__init__()
         if rank < 1 or form not in ("tt", "tk") or layout not in ("paper", "reference"):
-            asked = f"rank {rank}, form {form!r} and layout {layout!r}"
-            raise PluginError(f"rank is at least 1, form tt or tk, layout paper or reference; got {asked}")
+            raise PluginError(f"rank is at least 1, form tt or tk, layout paper or reference: {rank}, {form}, {layout}")
         self.rank, self.form, self.scale, self.dropout, self.layout = rank, form, scale, dropout, layout
-        self.roles = None if roles is None else tuple(roles)
+        self.roles, self.bits = None if roles is None else tuple(roles), check_bits(bits)
 
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
         return linear_sites(self, sites, self.roles)
 
     def build(self, generator: torch.Generator | None) -> None:
         r = self.rank
-        self.u, self.v, self.core, self.mix = (nn.ParameterDict() for _ in range(4))
+        u, v, core, mix = (dict[str, Tensor]() for _ in range(4))
         self.first: dict[str, int] = {}
         for width in dict.fromkeys(site.width for site in self.sites):
             key, bounds = str(width), list[float]()
             for site in (site for site in self.sites if site.width == width):
-                rows, columns = _grid(site)
-                self.first[site.name] = len(bounds)
+                (rows, columns), self.first[site.name] = _grid(site), len(bounds)
                 bounds += [(rows * r) ** -0.5] * (rows * columns)
-            self.u[key] = nn.init.uniform_(torch.empty(r, width), -(width**-0.5), width**-0.5, generator=generator)
-            self.v[key] = torch.zeros(width, r)
+            u[key], v[key] = uniform((r, width), generator), near_zero((width, r), self.bits, generator)
             if self.form == "tt":
-                cores = nn.init.uniform_(torch.empty(len(bounds), r, r), -1, 1, generator=generator)
-                self.core[key] = cores * torch.tensor(bounds)[:, None, None]
+                core[key] = nn.init.uniform_(torch.empty(len(bounds), r, r), -1, 1, generator=generator)
+                core[key] *= torch.tensor(bounds)[:, None, None]
             else:
-                self.core[key] = nn.init.xavier_uniform_(torch.empty(r, r, r), generator=generator)
-                self.mix[key] = nn.init.xavier_uniform_(torch.empty(r, len(bounds)), generator=generator)
+                core[key] = nn.init.xavier_uniform_(torch.empty(r, r, r), generator=generator)
+                mix[key] = nn.init.xavier_uniform_(torch.empty(r, len(bounds)), generator=generator)
+        self.u, self.v, self.core, self.mix = (Weights(tensors, self.bits) for tensors in (u, v, core, mix))
 
     def cores(self, site: Site) -> Tensor:
         """Returns the scaled cores of a site, `[rows * r, columns * r]` for its rows x columns blocks."""
         (rows, columns), key, first, r = _grid(site), str(site.width), self.first[site.name], self.rank
         here = slice(first, first + rows * columns)
         if self.form == "tt":
-            return self.scale * tile(self.core[key][..., here, :, :], rows, columns)
+            return self.scale * tile(self.core.part(key, here), rows, columns)
         slab = (self.core[key].flatten(-3, -2) @ self.mix[key][..., here]).unflatten(-2, (r, r))
         if self.layout == "reference" and rows * columns > 1:
             return self.scale * (slab.flatten(-2) if rows == 1 else slab.flatten(-2).mT)
@@ -99,12 +100,11 @@ class FacT(Delta):
         code = code @ torch.cat([self.cores(site) for site in sites], dim=-1)
         return F.dropout(code, self.dropout, self.training).reshape(batch, -1, r)
 
-    def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Tensor:
+    def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Sequence[Tensor]:
         width = sites[0].width
         y = (self.code(sites, x) @ self.v[str(width)].mT).reshape(*x.shape[:2], -1)
         pieces = y.split([_grid(site)[1] * width for site in sites], dim=-1)
-        cut = [piece[..., : site.d_out] for piece, site in zip(pieces, sites, strict=True)]
-        return torch.cat(cut, dim=-1) if any(site.d_out % width for site in sites) else y
+        return [piece[..., : site.d_out] for piece, site in zip(pieces, sites, strict=True)]
 
     def add_onto(self, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:
         if any(site.d_out % site.width for site in sites):

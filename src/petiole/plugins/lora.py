@@ -7,7 +7,7 @@ x ──┬── W ──────────────────┐
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.here import Here
@@ -15,6 +15,8 @@ from ..core.plugin import Delta
 from ..core.site import Site
 from ..errors import PluginError
 from ..nn.product import add_product
+from ..nn.weights import FULL, Weights, check_bits, near_zero
+from ._maps import uniform
 from ._select import linear_sites
 
 
@@ -29,28 +31,35 @@ class LoRA(Delta):
         roles: Which linear maps, by role: `q`, `k`, `v`, `proj`, `fc1`, `fc2`; also inside a fused qkv.
         scale: Factor of the change (other libraries' alpha / rank).
         dropout: Dropout rate of the rank-wide code, in training.
+        bits: Bits per weight, 1 to 8, trained straight through (Bi-LoRA, Jie et al., 2023); 32 for the weights as they
+            are.
     """
 
     method = "lora"
     adds_to_some = True
 
     def __init__(
-        self, *, rank: int = 8, roles: Sequence[str] = ("q", "v"), scale: float = 1.0, dropout: float = 0.1
+        self,
+        *,
+        rank: int = 8,
+        roles: Sequence[str] = ("q", "v"),
+        scale: float = 1.0,
+        dropout: float = 0.1,
+        bits: int = FULL,
     ) -> None:
         super().__init__()
         if rank < 1:
             raise PluginError(f"rank must be at least 1, got {rank}")
         self.rank, self.roles, self.scale, self.dropout = rank, tuple(roles), scale, dropout
+        self.bits = check_bits(bits)
 
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
         return linear_sites(self, sites, self.roles)
 
     def build(self, generator: torch.Generator | None) -> None:
         self.index = {site.name: i for i, site in enumerate(self.sites)}
-        self.down = nn.ParameterList(torch.empty(self.rank, site.d_in) for site in self.sites)
-        self.up = nn.ParameterList(torch.zeros(site.d_out, self.rank) for site in self.sites)
-        for down in self.down:
-            nn.init.uniform_(down, -(down.shape[1] ** -0.5), down.shape[1] ** -0.5, generator=generator)
+        self.down = Weights([uniform((self.rank, site.d_in), generator) for site in self.sites], self.bits)
+        self.up = Weights([near_zero((site.d_out, self.rank), self.bits, generator) for site in self.sites], self.bits)
 
     def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Sequence[Tensor]:
         codes = self.code(sites, x).split(self.rank, dim=-1)

@@ -14,6 +14,7 @@ from ..core.plugin import Delta
 from ..core.site import Site
 from ..errors import MergeError, PluginError
 from ..nn.product import add_product
+from ..nn.weights import FULL, Weights, check_bits, near_zero
 from ._select import linear_sites
 
 # the linear maps that see the normed input of a branch
@@ -36,6 +37,7 @@ class RepAdapter(Delta):
         scale: Factor s of the adapter's output.
         dropout: Dropout rate of the codes, in training.
         bias: Whether Down and Up have biases. They merge where the following maps have biases.
+        bits: Bits per weight, 1 to 8, trained straight through; 32 for the weights as they are. Biases stay whole.
     """
 
     method = "repadapter"
@@ -49,6 +51,7 @@ class RepAdapter(Delta):
         scale: float = 1.0,
         dropout: float = 0.1,
         bias: bool = True,
+        bits: int = FULL,
     ) -> None:
         super().__init__()
         if dim < 1 or groups < 1 or dim % groups:
@@ -56,7 +59,7 @@ class RepAdapter(Delta):
         if not roles or not set(roles) <= set(ROLES):
             raise PluginError(f"RepAdapter's roles are attn and mlp, got {', '.join(roles) or 'none'}")
         self.dim, self.groups, self.roles, self.scale = dim, groups, tuple(roles), scale
-        self.dropout, self.bias = dropout, bias
+        self.dropout, self.bias, self.bits = dropout, bias, check_bits(bits)
 
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
         known = {site.role for site in sites if site.kind == "linear"}
@@ -69,11 +72,10 @@ class RepAdapter(Delta):
     def build(self, generator: torch.Generator | None) -> None:
         widths = {_branch(site): site.d_in for site in self.sites}
         self.index = {site.name: list(widths).index(_branch(site)) for site in self.sites}
-        self.down = nn.ParameterList(torch.empty(self.dim, d) for d in widths.values())
         shape = (self.groups, self.dim // self.groups)
-        self.up = nn.ParameterList(torch.zeros(shape[0], d // shape[0], shape[1]) for d in widths.values())
-        for down in self.down:
-            nn.init.xavier_uniform_(down, generator=generator)
+        downs = [nn.init.xavier_uniform_(torch.empty(self.dim, d), generator=generator) for d in widths.values()]
+        ups = [near_zero((shape[0], d // shape[0], shape[1]), self.bits, generator) for d in widths.values()]
+        self.down, self.up = Weights(downs, self.bits), Weights(ups, self.bits)
         if self.bias:
             self.down_bias = nn.ParameterList(torch.zeros(self.dim) for _ in widths)
             self.up_bias = nn.ParameterList(torch.zeros(d) for d in widths.values())

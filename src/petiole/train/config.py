@@ -40,6 +40,7 @@ def configuration(model: Adapted, task: Task, recipe: Recipe) -> dict[str, Any]:
         "task": {"name": task.name, "classes": list(task.classes), **_splits(task)},
         "backbone": {**model.view.identify(backbone), "fingerprint": weights[:16]},
         "plugins": [{"method": plugin.method, **plugin.settings()} for plugin in model.taps.plugins],
+        "head_bits": model.head_bits,
         "transform": dict(model.input_config),
         "recipe": asdict(recipe),
     }

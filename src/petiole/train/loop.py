@@ -1,6 +1,7 @@
 """Trains an adapted model on a task."""
 
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,10 @@ from .stop import Stop
 from .world import World, find_world
 
 Row = dict[str, float]
+FROM_CODES = (
+    "the model was read from codes, without the latent weights they were made of: training starts from the values the "
+    "codes stand for. To go on exactly, save with latent=True, or continue the run in its folder"
+)
 
 
 @dataclass
@@ -59,7 +64,8 @@ def fit(
 
     Args:
         model: An adapted model with classes; trained in place, left in eval mode. Its `input_config` becomes what the
-            recipe says, so that whatever uses the model or its file prepares images alike.
+            recipe says, so that whatever uses the model or its file prepares images alike. If it was read from codes,
+            a warning says that training starts from their values, as the latent weights were not kept.
         task: What to learn; its classes must be the model's.
         recipe: How to train.
         out: Run folder for `plugin.safetensors`, `metrics.jsonl`, `config.yaml` and the state; None keeps nothing.
@@ -92,6 +98,9 @@ def fit(
         task = task.joined()
     model.input_config = model.input_config | recipe.input_config(model.view.input_config(model.backbone))
     model.to(world.device)
+    if model.holds_codes:
+        warnings.warn(FROM_CODES, stacklevel=2)
+        model.release()
     # every image is read before anything is written
     transform = Transform(model.input_config)
     train = _read_train(task.train, transform, recipe, is_shown)
