@@ -82,6 +82,9 @@ def contestants(name: str, rank: int, device: str) -> dict[str, tuple[nn.Module,
         top = nn.Linear(base.num_features, 100).to(device)
         trained = [p for p in model.parameters() if p.requires_grad] + list(top.parameters())
         out[f"PEFT LoRA r={rank} {title}"] = (nn.Sequential(model, top).train(), trained)
+    add("AdaptFormer 8, 1 bit", pt.AdaptFormer(dim=8, bias=False, bits=1))
+    add(f"LoRA r={rank} q,v, 1 bit", pt.LoRA(rank=rank, bits=1))
+    add(f"FacT-TT r={rank}, 1 bit", pt.FacT(rank=rank, bits=1))
     add("Full", pt.Full())
     return out
 

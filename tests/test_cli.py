@@ -455,7 +455,7 @@ def test_inspect_answers_machines_with_every_field(petiole: Command, plugin: Pat
     from dataclasses import fields
 
     told, info = json.loads(petiole("inspect", plugin, "--json").out), pt.inspect(plugin)
-    assert set(told) == {field.name for field in fields(info)} | {"overhead_bytes"}
+    assert set(told) == {field.name for field in fields(info)} | {"overhead_bytes", "ladder"}
     assert told["total_bytes"] == plugin.stat().st_size
     assert told["metrics"] == info.metrics
 

@@ -27,13 +27,25 @@ LEVELS = (
     ("core",),
     ("plugins", "backbones"),
     ("joining", "files", "tasks"),
-    ("train",),
+    ("peft", "train"),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # what `import petiole` must not cost
-HEAVY = ("accelerate", "datasets", "matplotlib", "numpy", "rich", "timm", "torch", "transformers", "typer")
+HEAVY = (
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "numpy",
+    "peft",
+    "rich",
+    "timm",
+    "torch",
+    "transformers",
+    "typer",
+)
 
 
 def short(path: Path) -> str:

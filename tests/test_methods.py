@@ -319,7 +319,7 @@ def quick_gelu(t: Tensor) -> Tensor:
 def test_convpass_is_a_loop_over_the_grid() -> None:
     (height, width), num_prefix = (2, 3), 3
     plugin, x = moved(pt.Convpass(dim=2, roles=("attn",), scale=0.5), [branch()]), normal(2, 3 + 6, 4)
-    kernel, shift = plugin.conv[0], plugin.conv_bias[0]
+    kernel, shift = plugin.conv[0].reshape(plugin.dim, plugin.dim, 3, 3), plugin.conv_bias[0]
     code = quick_gelu(torch.einsum("bnd,hd->bnh", x, plugin.down.weight[0]) + plugin.down.bias[0])
     images = [(code[:, t : t + 1], 1, 1) for t in range(num_prefix)] + [(code[:, num_prefix:], height, width)]
     found = []
@@ -342,7 +342,7 @@ def test_convpass_starts_as_the_identity_of_the_grid_when_asked(dim: int) -> Non
     plugin, x = pt.Convpass(dim=dim, roles=("attn",), init="dirac"), normal(2, 1 + 6, dim)
     plugin.attach([branch()])
     plugin.double()
-    torch.testing.assert_close(convolve(x, 1, (2, 3), plugin.conv[0], plugin.conv_bias[0]), x)
+    torch.testing.assert_close(convolve(x, 1, (2, 3), plugin.conv[0].reshape(dim, dim, 3, 3), plugin.conv_bias[0]), x)
 
 
 def test_convpass_drops_whole_samples_at_the_rate_of_its_branch() -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import petiole as pt
+from petiole.files.ladder import ladder
 from petiole.nn.codebook import levels
 from petiole.nn.quantisation import quantise, statistics
 from petiole.nn.weights import Weights, quantised
@@ -217,3 +218,28 @@ def test_bits_that_are_none_are_refused() -> None:
         pt.quantise(adapted(pt.SSF()), bits=1)
     with pytest.raises(pt.PluginError, match="no head to quantise"):
         pt.quantise(pt.adapt(pt.backbone("micro"), pt.LoRA()), head_bits=1)
+
+
+def test_ladder_is_what_files_at_those_bits_hold(tmp_path: Path) -> None:
+    model = adapted(pt.AdaptFormer(dim=8), head_bits=4)
+    pt.save(model, tmp_path / "a.safetensors")
+    for step in ladder(pt.inspect(tmp_path / "a.safetensors")):
+        pt.save(pt.quantise(model, step.bits, step.bits), tmp_path / "b.safetensors")
+        stored = load_file(tmp_path / "b.safetensors")
+        sizes = {
+            part: sum(t.numel() * t.element_size() for name, t in stored.items() if name.startswith(part))
+            for part in ("plugins.", "head.")
+        }
+        assert (step.plugin_bytes, step.head_bytes) == (sizes["plugins."], sizes["head."]), step.bits
+
+
+def test_ladder_counts_kept_latent_weights_as_codes(tmp_path: Path) -> None:
+    model = adapted(pt.LoRA(rank=4, bits=1))
+    pt.save(model, tmp_path / "codes.safetensors")
+    pt.save(model, tmp_path / "latent.safetensors", latent=True)
+    assert ladder(pt.inspect(tmp_path / "codes.safetensors")) == ladder(pt.inspect(tmp_path / "latent.safetensors"))
+
+
+def test_ladder_of_what_has_no_matrices_has_no_plugin_bytes(tmp_path: Path) -> None:
+    pt.save(adapted(pt.SSF()), tmp_path / "a.safetensors")
+    assert {step.plugin_bytes for step in ladder(pt.inspect(tmp_path / "a.safetensors"))} == {None}

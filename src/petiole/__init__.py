@@ -45,6 +45,8 @@ _PUBLIC = {
     "only": "joining",
     "open_task": "tasks",
     "predict": "train.evaluate",
+    "pull": "files.hub",
+    "push": "files.hub",
     "quantise": "joining",
     "recipe": "train.published",
     "save": "files",

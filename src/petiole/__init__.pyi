@@ -15,6 +15,8 @@ from .files import PluginInfo as PluginInfo
 from .files import inspect as inspect
 from .files import load as load
 from .files import save as save
+from .files.hub import pull as pull
+from .files.hub import push as push
 from .joining import adapt as adapt
 from .joining import combine as combine
 from .joining import merge as merge

@@ -48,6 +48,7 @@ def choose(
     recipe: "Recipe",
     folder: Path,
     epochs: int | None,
+    head_bits: int,
     save_every: float,
     shows_table: bool,
 ) -> "SearchResult":
@@ -61,6 +62,7 @@ def choose(
         recipe: How to train the final model.
         folder: Its run folder.
         epochs: Epochs of each candidate, None for the recipe's.
+        head_bits: Bits per weight of the head.
         save_every: Time between two writes of a candidate's state [s].
         shows_table: Whether to print the candidates.
 
@@ -76,7 +78,9 @@ def choose(
     # found out now, not after hours
     if (folder / CONFIG).exists() and not (folder / SEARCH / CONFIG).exists():
         raise FitError(f"{folder} holds a run without a search: choose another folder with --out, or remove this one")
-    found = search(backbone, method, task, grid, recipe, epochs=epochs, out=folder, save_every=save_every)
+    found = search(
+        backbone, method, task, grid, recipe, epochs=epochs, head_bits=head_bits, out=folder, save_every=save_every
+    )
     if os.environ.get("RANK", "0") == "0":
         if aside := make_room(folder, found.chosen.settings):
             _show.say(f"the model with the settings that were chosen before is now in {aside}")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
@@ -13,6 +14,8 @@ from .fit import fit
 from .inspect import inspect
 from .merge import merge
 from .predict import predict
+from .pull import pull
+from .push import push
 
 # name, command, examples; a paragraph that begins with \b keeps its lines
 _COMMANDS: list[tuple[str, Callable[..., None], str]] = [
@@ -57,6 +60,31 @@ Examples:
         """\b
 Example:
   petiole merge runs/digits-fact/plugin.safetensors digits.safetensors""",
+    ),
+    (
+        "convert",
+        convert,
+        """\b
+Examples:
+  petiole convert pets.safetensors small.safetensors --bits 1 --head-bits 1
+  petiole convert pets.safetensors pets-peft
+  petiole convert lora/kitti-bit1-dim32.bin kitti.safetensors --backbone vit_base_patch16_224.orig_in21k""",
+    ),
+    (
+        "push",
+        push,
+        """\b
+Examples:
+  petiole push runs/pets/plugin.safetensors anna/pets
+  petiole push pets.safetensors anna/pets --private --dataset timm/oxford-iiit-pet --license apache-2.0""",
+    ),
+    (
+        "pull",
+        pull,
+        """\b
+Examples:
+  petiole pull anna/pets --out pets.safetensors
+  petiole predict "$(petiole pull anna/pets)" photo.jpg""",
     ),
     (
         "doctor",

@@ -23,6 +23,13 @@ def fit(
         list[str] | None,
         typer.Option("--set", "-s", help="key=value for the method; repeatable (`petiole doctor micro` lists them)"),
     ] = None,
+    head_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--head-bits",
+            help="Bits per weight of the head, 1 to 8 without a bias, or 32 [default: the recipe's, else 32]",
+        ),
+    ] = None,
     search: IsSearch = False,
     grid: GridAxes = None,
     search_epochs: SearchEpochs = None,
@@ -59,6 +66,7 @@ def fit(
     given = how.read_fields(locals())
     from ..backbones.bundled import backbone as build
     from ..joining import adapt
+    from ..nn.weights import FULL
     from ..tasks import open_task
     from ..train.evaluate import num_trained
     from ..train.loop import fit as train
@@ -77,13 +85,14 @@ def fit(
     if published and not is_searched:
         plugin = build_plugin(method, [*how.recipe_words(published, task or data.name), *settings])
     host, found = build(backbone), None
+    bits = head_bits if head_bits is not None else find(published).head_bits if published else FULL
     folder = out or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{data.name}-{published or method}")
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         if axes is not None:
-            found = choose(host, method, data, axes, recipe, folder, search_epochs, save_every, not as_json)
+            found = choose(host, method, data, axes, recipe, folder, search_epochs, bits, save_every, not as_json)
             plugin, recipe = found.plugin(), found.recipe
-        model = adapt(host, plugin, classes=data.classes, seed=recipe.seed)
+        model = adapt(host, plugin, classes=data.classes, head_bits=bits, seed=recipe.seed)
         if is_main:
             images = data.joined().train if recipe.train_on == "train+val" else data.train
             about = f"{len(images)} images, {num_trained(model):,} trained parameters"

@@ -95,6 +95,11 @@ class PluginInfo:
     total_bytes: int
 
     @property
+    def has_codes(self) -> bool:
+        """Whether quantised tensors are kept as their codes; latent weights may be kept in their place."""
+        return any(tensor.name.endswith(".codes") for tensor in self.tensors)
+
+    @property
     def overhead_bytes(self) -> int:
         """What the file holds beside the tensors' values [bytes]."""
         return self.total_bytes - sum(tensor.num_bytes for tensor in self.tensors)

@@ -30,8 +30,10 @@ def levels(bits: int, table: str = "converged") -> Tensor:
     """
     if bits not in range(1, 9) or table not in ("converged", "reference"):
         raise ValueError(f"a table has 1 to 8 bits and is converged or reference, got {bits} bits and {table!r}")
-    half = _reference(bits) if table == "reference" else _converged(2 ** (bits - 1))
-    return torch.cat([-half.flip(0), half])
+    # a table is computed and cached, also where a model is being built on another device
+    with torch.device("cpu"):
+        half = _reference(bits) if table == "reference" else _converged(2 ** (bits - 1))
+        return torch.cat([-half.flip(0), half])
 
 
 def _medians(half: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The papers' experiments as data: a plugin's settings and a recipe under a name.
 
-Source of every row: the configuration files that the authors of Convpass (Jie and Deng, 2022, arXiv 2207.07039) and
-FacT (Jie and Deng, 2023, arXiv 2212.03145) published with their code, and table 1 of either paper. Both train a
+Source of every row: the configuration files that the authors of Convpass (Jie and Deng, 2022, arXiv 2207.07039),
+FacT (Jie and Deng, 2023, arXiv 2212.03145) and the binary adapters (Jie, Wang and Deng, 2023, arXiv 2307.16867)
+published with their code; table 1 of the first two papers, and the README beside the code of the third. All train a
 ViT-B/16 of ImageNet-21k, timm's `vit_base_patch16_224.orig_in21k`, on the 1,000 images of a VTAB-1k task.
 """
 
@@ -30,6 +31,7 @@ class Published:
         settings: The method's settings that every task shares.
         rows: The settings of each task; none where one setting serves every task.
         accuracy: Test accuracy by task as published [%].
+        head_bits: Bits per weight of the head, as `adapt` takes them.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Published:
     settings: Mapping[str, Any] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     accuracy: Mapping[str, float] = field(default_factory=dict)
+    head_bits: int = 32
 
     def settings_for(self, task: str | None) -> dict[str, Any]:
         """Returns the method's settings for a task; any task will do where one setting serves all.
@@ -62,6 +65,8 @@ class Published:
 
     def fixed(self) -> dict[str, Any]:
         """Returns the method's settings that a search on other data leaves as they are."""
+        if self.rows:  # what is to be chosen anew stands in these
+            return dict(self.settings)
         return {name: value for name, value in self.settings.items() if name not in ("rank", "scale", "init")}
 
 
@@ -90,14 +95,45 @@ _VTAB: dict[str, tuple[_Conv, _Conv, _Rank, _Rank]] = {
     "smallnorb_azi": ((100.0, "xavier", 36.43), (100.0, "xavier", 34.81), (16, 100.0, 34.2), (32, 100.0, 33.2)),
     "smallnorb_ele": ((1.0, "xavier", 44.44), (1.0, "xavier", 42.95), (8, 10.0, 41.4), (16, 10.0, 43.0)),
 }  # fmt: skip
+# task -> scale of Bi-AdaptFormer of dim 1 and of dim 32, then those with a head of 1 bit; of Bi-LoRA the same
+_SCALES: dict[str, tuple[float, ...]] = {
+    "cifar": (1.0, 0.1, 1.0, 0.1, 1.0, 0.1, 1.0, 0.01),
+    "caltech101": (10.0, 10.0, 10.0, 10.0, 100.0, 10.0, 100.0, 10.0),
+    "dtd": (1.0, 0.01, 1.0, 0.1, 1.0, 0.01, 1.0, 1.0),
+    "oxford_flowers102": (1.0, 1.0, 10.0, 1.0, 100.0, 1.0, 100.0, 1.0),
+    "oxford_iiit_pet": (1.0, 0.01, 1.0, 0.01, 1.0, 0.1, 0.1, 0.01),
+    "svhn": (100.0, 10.0, 100.0, 10.0, 100.0, 10.0, 100.0, 10.0),
+    "sun397": (1.0, 0.1, 10.0, 0.1, 1.0, 0.1, 1.0, 0.01),
+    "patch_camelyon": (10.0, 1.0, 10.0, 1.0, 10.0, 10.0, 10.0, 10.0),
+    "eurosat": (10.0, 1.0, 10.0, 1.0, 100.0, 10.0, 100.0, 1.0),
+    "resisc45": (1.0, 10.0, 1.0, 10.0, 1.0, 10.0, 1.0, 10.0),
+    "diabetic_retinopathy": (100.0, 1.0, 10.0, 1.0, 1.0, 10.0, 100.0, 0.1),
+    "clevr_count": (10.0, 1.0, 10.0, 1.0, 10.0, 1.0, 10.0, 1.0),
+    "clevr_dist": (10.0, 0.1, 10.0, 0.1, 10.0, 0.1, 1.0, 0.1),
+    "dmlab": (10.0, 1.0, 100.0, 1.0, 100.0, 10.0, 100.0, 10.0),
+    "kitti": (10.0, 1.0, 100.0, 1.0, 100.0, 10.0, 100.0, 10.0),
+    "dsprites_loc": (10.0, 1.0, 10.0, 1.0, 100.0, 1.0, 100.0, 1.0),
+    "dsprites_ori": (10.0, 0.1, 10.0, 10.0, 100.0, 0.1, 100.0, 10.0),
+    "smallnorb_azi": (10.0, 1.0, 100.0, 10.0, 100.0, 10.0, 100.0, 10.0),
+    "smallnorb_ele": (10.0, 1.0, 100.0, 1.0, 100.0, 1.0, 100.0, 1.0),
+}  # fmt: skip
+# classes of the VTAB-1k tasks
+NUM_CLASSES = {
+    "cifar": 100, "caltech101": 102, "dtd": 47, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "svhn": 10,
+    "sun397": 397, "patch_camelyon": 2, "eurosat": 10, "resisc45": 45, "diabetic_retinopathy": 5, "clevr_count": 8,
+    "clevr_dist": 6, "dmlab": 6, "kitti": 4, "dsprites_loc": 16, "dsprites_ori": 16, "smallnorb_azi": 18,
+    "smallnorb_ele": 9,
+}  # fmt: skip
 
 _PAPER = Recipe(
     epochs=100, batch_size=64, lr=1e-3, weight_decay=1e-4, warmup_epochs=10, drop_path=0.1, select="last",
     normalize="imagenet", resize="squash", train_on="train+val",
 )  # fmt: skip
+_BINARY = replace(_PAPER, normalize="none")
 _FEW_SHOT = replace(_PAPER, lr=5e-3, resize="crop", augment="fgvc")
 _CONVPASS = "Jie and Deng, 2022, arXiv 2207.07039"
 _FACT = "Jie and Deng, 2023, arXiv 2212.03145"
+_BITS = "Jie, Wang and Deng, 2023, arXiv 2307.16867, the authors' README"
 _HOW = "the best of ten scores on test, ViT-B/16"
 _STEPS = "1,600 steps of 64 images of 224x224 a task"
 _SHOTS = "with 1, 2, 4, 8 and 16 shots, means of five data sets read off a figure, to 0.1; ViT-B/16"
@@ -122,6 +158,21 @@ def _on_vtab(
         settings,
         {task: row for task, (row, _) in rows.items()},
         {task: accuracy for task, (_, accuracy) in rows.items()},
+    )
+
+
+def _binary(name: str, published: float | None, column: int, dim: int, head_bits: int = 32) -> Published:
+    is_lora = name.startswith("bi-lora")
+    return Published(
+        name,
+        _BITS,
+        "no published result" if published is None else f"{published} % as mean of the groups, {_HOW}",
+        _STEPS,
+        "lora" if is_lora else "adaptformer",
+        _BINARY,
+        {"bits": 1, "dropout": 0.1, **({"rank": dim, "roles": ("q", "v")} if is_lora else {"dim": dim, "bias": False})},
+        {task: {"scale": row[column]} for task, row in _SCALES.items()},
+        head_bits=head_bits,
     )
 
 
@@ -151,6 +202,14 @@ _ALL = (
         "fact-tk-paper", _FACT, "75.6 %", "fact",
         {"form": "tk", "layout": "reference", "dropout": 0.1}, {task: _rank(row[3]) for task, row in _VTAB.items()},
     ),
+    _binary("bi-adaptformer-paper", 77.0, column=1, dim=32),
+    _binary("bi-adaptformer-1-paper", None, column=0, dim=1),
+    _binary("bi-adaptformer-bihead-paper", 76.9, column=3, dim=32, head_bits=1),
+    _binary("bi-adaptformer-bihead-1-paper", 73.8, column=2, dim=1, head_bits=1),
+    _binary("bi-lora-paper", 76.7, column=5, dim=32),
+    _binary("bi-lora-1-paper", None, column=4, dim=1),
+    _binary("bi-lora-bihead-paper", 76.3, column=7, dim=32, head_bits=1),
+    _binary("bi-lora-bihead-1-paper", 74.6, column=6, dim=1, head_bits=1),
     Published(
         "fgvc-convpass", f"{_CONVPASS}, few-shot learning; its scale is not known, 1 here",
         f"42.9, 52.5, 60.5, 70.2 and 78.5 % {_SHOTS}", _AUGMENTED, "convpass", _FEW_SHOT,
@@ -172,11 +231,13 @@ PUBLISHED = {entry.name: entry for entry in _ALL}
 def recipe(name: str, task: str | None = None) -> "tuple[Plugin, Recipe]":
     """Returns a new plugin and the recipe of a paper's experiment.
 
-    Source, expected result and run time of each stand in `petiole.train.published.PUBLISHED` and in docs/recipes.md.
+    Source, expected result and run time of each stand in `petiole.train.published.PUBLISHED` and in docs/recipes.md;
+    so do the bits of the head, 1 for those with `bihead` in their name: `adapt(..., head_bits=1)`.
 
     Args:
-        name: `convpass-paper`, `convpass-attn-paper`, `fact-tt-paper` or `fact-tk-paper`, which have a row per VTAB-1k
-            task; `fgvc-convpass` or `fgvc-fact-tt`, for few-shot tasks; `default`, one setting for every task.
+        name: `convpass-paper`, `convpass-attn-paper`, `fact-tt-paper`, `fact-tk-paper`, and `bi-adaptformer-paper` or
+            `bi-lora-paper`, also with `-bihead`, `-1` or both before `-paper`: they have a row per VTAB-1k task;
+            `fgvc-convpass` or `fgvc-fact-tt`, for few-shot tasks; `default`, one setting for every task.
         task: The row, e.g. `cifar`; not needed by a recipe without rows.
 
     Raises:

@@ -12,6 +12,7 @@ from ..core.adapted import Adapted
 from ..core.plugin import Plugin
 from ..errors import DivergedError, FitError
 from ..joining import adapt
+from ..nn.weights import FULL
 from ..tasks.task import Task
 from .config import configuration
 from .evaluate import num_trained
@@ -56,6 +57,7 @@ def search(
     recipe: Recipe | None = None,
     *,
     epochs: int | None = None,
+    head_bits: int = FULL,
     out: str | Path | None = None,
     progress: bool = True,
     save_every: float = 60.0,
@@ -80,6 +82,7 @@ def search(
             None takes the grid of the papers.
         recipe: How to train; `select`, `eval_every` and `train_on` do not matter here.
         epochs: Epochs of each candidate, with the schedule shortened to them; None for the recipe's.
+        head_bits: Bits per weight of the head, as `adapt` takes them.
         out: Folder that gets a folder `search` with the record of all candidates; None keeps nothing.
         progress: Whether to show how far the search is, on stderr.
         save_every: Time between two writes of a candidate's state [s].
@@ -104,7 +107,7 @@ def search(
     # nothing is scored before the end, and validation images are no training images
     short = replace(recipe, epochs=length, select="last", eval_every=max(1, length), train_on="train")
     plans = combinations(method, papers_grid(method) if grid is None else grid, short)
-    job = _Search(backbone, replace(task, test=None), plans, short, out, save_every, progress)
+    job = _Search(backbone, replace(task, test=None), plans, short, head_bits, out, save_every, progress)
     candidates = job.run_to_end()
     scored = [i for i, candidate in enumerate(candidates) if candidate.val_accuracy is not None]
     if not scored:
@@ -124,12 +127,14 @@ class _Search:
         task: Task,
         plans: list[Combination],
         recipe: Recipe,
+        head_bits: int,
         out: str | Path | None,
         save_every: float,
         progress: bool,
     ) -> None:
         assert task.test is None
         self.backbone, self.task, self.plans, self.recipe = backbone, task, plans, recipe
+        self.head_bits = head_bits
         self.out, self.save_every, self.is_shown = out, save_every, progress
         self.world = find_world(recipe.precision)
         self.bar = Progress("search", len(plans), is_shown=progress and self.world.rank == 0)
@@ -162,7 +167,9 @@ class _Search:
         return [replace(known[name], settings=plan.settings) for name, plan in zip(slugs, self.plans, strict=True)]
 
     def _adapt(self, plan: Combination, *, prove: bool) -> Adapted:
-        return adapt(self.backbone, plan.plugin(), classes=self.task.classes, seed=plan.recipe.seed, prove=prove)
+        seed, bits = plan.recipe.seed, self.head_bits
+        plugin, classes = plan.plugin(), self.task.classes
+        return adapt(self.backbone, plugin, classes=classes, head_bits=bits, seed=seed, prove=prove)
 
     def _train(self, plan: Combination, model: Adapted | None, folder: Path | None) -> Candidate:
         """Trains one candidate; how far it is, is kept in the folder."""
