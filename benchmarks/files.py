@@ -21,7 +21,11 @@ import petiole as pt
 from petiole.core.fingerprint import fingerprint
 from petiole.core.plugin import Plugin
 from petiole.files import inspect, load, save
+from petiole.files.codes import unpacked
+from petiole.files.container import read
 from petiole.files.metadata import NUM_IMAGES
+from petiole.files.official import decode, save_official
+from petiole.files.stacking import unstack
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "micro": lambda: VisionTransformer(
@@ -29,7 +33,12 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     ).eval(),
     "vit_b16": lambda: timm.create_model("vit_base_patch16_224", pretrained=False).eval(),
 }
-PLUGINS: dict[str, Callable[[], Plugin]] = {"fact16": lambda: pt.FacT(rank=16), "lora8": lambda: pt.LoRA(rank=8)}
+PLUGINS: dict[str, Callable[[], Plugin]] = {
+    "fact16": lambda: pt.FacT(rank=16),
+    "lora8": lambda: pt.LoRA(rank=8),
+    "adaptformer32-1bit": lambda: pt.AdaptFormer(dim=32, bias=False, bits=1),
+    "fact16-1bit": lambda: pt.FacT(rank=16, bits=1),
+}
 
 
 def median_ms(call: Callable[[], object], repeat: int) -> float:
@@ -47,7 +56,10 @@ def measure(name: str, plugin: str, folder: Path, repeat: int) -> None:
     """Prints times and sizes of one plugin on one backbone."""
     torch.manual_seed(0)
     backbone, path = BACKBONES[name](), folder / f"{name}-{plugin}.safetensors"
-    model = pt.adapt(backbone, PLUGINS[plugin](), classes=[f"class {i}" for i in range(10)], prove=False).eval()
+    classes, is_one_bit = [f"class {i}" for i in range(10)], plugin.endswith("-1bit")
+    model = pt.adapt(
+        backbone, PLUGINS[plugin](), classes=classes, head_bits=1 if is_one_bit else 32, prove=False
+    ).eval()
     metrics = {"val_accuracy": 0.9123, "test_accuracy": 0.9012}
     images = model.view.probe(model.backbone, NUM_IMAGES)
     with torch.no_grad():
@@ -56,17 +68,23 @@ def measure(name: str, plugin: str, folder: Path, repeat: int) -> None:
             "load": median_ms(lambda: load(path, backbone), repeat),
             "load, no check": median_ms(lambda: load(path, backbone, check=False), repeat),
             "inspect": median_ms(lambda: inspect(path), repeat),
+            "codes into the model": median_ms(lambda: unpacked(model, unstack(read(path)[0]), ""), repeat),
             "adapt alone": median_ms(lambda: pt.adapt(backbone, PLUGINS[plugin](), prove=False), repeat),
             "fingerprint alone": median_ms(lambda: fingerprint(model.view.frozen_weights(backbone)), repeat),
             "check's forward alone": median_ms(lambda: model(images), repeat),
         }
     info = inspect(path)
+    if plugin == "adaptformer32-1bit":
+        save_official(model, path.with_suffix(".bin"))
+        data, width, depth = path.with_suffix(".bin").read_bytes(), model.head.in_features, len(model.plugins[0].sites)
+        official = median_ms(lambda: decode(data, "adaptformer-bihead", 10, width=width, depth=depth), repeat)
+        times[f"decode of .bin, {len(data)} bytes"] = official
     print(
         f"{name} {plugin}: {info.total_bytes} bytes in {len(info.tensors)} tensors, "
         f"{info.overhead_bytes} of them beside the values"
     )
     for label, value in times.items():
-        print(f"  {label:<22}{value:9.1f} ms")
+        print(f"  {label:<32}{value:9.2f} ms")
     parts = {label: times[label] for label in ("adapt alone", "fingerprint alone", "check's forward alone")}
     largest = max(parts, key=lambda label: parts[label])
     print(f"  load is mostly {largest}: {parts[largest] / times['load']:.0%}")

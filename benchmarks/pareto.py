@@ -1,8 +1,8 @@
 """Accuracy against stored bytes of plugins at 1, 2, 4 and 32 bits a weight, by the VTAB protocol.
 
     python benchmarks/pareto.py --data ../shared/data/tasks                     # everything: for a GPU
-    python benchmarks/pareto.py --data ../shared/data/tasks --tasks sign_digits,pneumonia_mnist,nlvr_count --epochs 10 \
-        --choose-epochs 3 --seeds 1 --precision bf16 --unfused                  # what two CPU cores can do
+    python benchmarks/pareto.py --data ../shared/data/tasks --tasks short --epochs 20 --choose-epochs 6 \
+        --seeds 1 --precision bf16 --unfused                                    # what two CPU cores can do
     python benchmarks/pareto.py --known --out benchmarks/results/pareto_short.jsonl --plot docs/pareto.svg
 
 The table at the end is what the documentation quotes; `protocol.py` says how runs are made and kept. Bytes are what a

@@ -51,5 +51,5 @@ def unpacked(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dic
                 f"{list(statistics.shape)}"
             )
         weights.hold(unpack(codes, weights.bits, (num,)), statistics)
-        found |= {f"{name}.{key}": tensor.detach() for key, tensor in weights.state_dict().items()}
+        found |= {f"{name}.{key}": tensor for key, tensor in weights.state_dict().items()}
     return found
