@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[[], Plugin]] = {
     "RepAdapter": lambda: pt.RepAdapter(dim=4),
     "FacT-TT": lambda: pt.FacT(rank=2),
     "FacT-TK": lambda: pt.FacT(rank=2, form="tk"),
+    "ToMe": lambda: pt.ToMe(budget=1),
     "Convpass": lambda: pt.Convpass(dim=3),
     "Convpass-attn": lambda: pt.Convpass(dim=3, roles=("attn",)),
 }
@@ -119,7 +120,7 @@ def render(trials: dict[tuple[str, str], Trial]) -> str:
     """Returns the page as Markdown."""
     reasons: dict[str, int] = {}
     lines = []
-    for part in (list(METHODS)[:8], list(METHODS)[8:]):
+    for part in (list(METHODS)[:6], list(METHODS)[6:12], list(METHODS)[12:]):
         lines += [f"| | {' | '.join(part)} |", "|---|" + "---|" * len(part)]
         for family in FAMILIES:
             cells = []

@@ -199,6 +199,15 @@ def test_one_bit_head_agrees(vit: VisionTransformer) -> None:
     assert_gradient(latent.grad, expected["tensors"]["bihead.weight"], 1e-6)
 
 
+@pytest.mark.parametrize("budget", [0, 8, 16, (8, -1)], ids=str)
+def test_merged_vit_agrees(budget: Any) -> None:
+    expected = golden("tome_vit")
+    name = "(8, -1.0)" if budget == (8, -1) else str(budget)
+    settings = {"embed_dim": 768, "depth": expected["depth"], "num_heads": 12, "num_classes": 10}
+    model = pt.adapt(rebuild(VisionTransformer(**settings).double().eval(), 0.02), pt.ToMe(budget=budget))
+    assert_logits(model(IMAGES), expected["logits"][name], 1e-6)
+
+
 @pytest.fixture(scope="module")
 def swin() -> SwinTransformer:
     expected = golden("convpass_swin")

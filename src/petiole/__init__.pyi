@@ -19,6 +19,7 @@ from .files.hub import pull as pull
 from .files.hub import push as push
 from .joining import adapt as adapt
 from .joining import combine as combine
+from .joining import compress as compress
 from .joining import merge as merge
 from .joining import only as only
 from .joining import quantise as quantise
@@ -33,6 +34,7 @@ from .plugins.linear import Linear as Linear
 from .plugins.lora import LoRA as LoRA
 from .plugins.repadapter import RepAdapter as RepAdapter
 from .plugins.ssf import SSF as SSF
+from .plugins.tome import ToMe as ToMe
 from .plugins.vpt import VPT as VPT
 from .tasks import Task as Task
 from .tasks import Transform as Transform

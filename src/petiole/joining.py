@@ -7,10 +7,12 @@ from torch import nn
 
 from .backbones import view_of
 from .core.adapted import Adapted
-from .core.plugin import Plugin, Tuning
+from .core.plugin import Plugin, Reducer, Tuning
 from .core.prove import prove_attached, prove_merged, prove_view
 from .errors import PluginError
+from .nn.schedule import Budget
 from .nn.weights import FULL, QuantisedLinear, Weights, copy_weights
+from .plugins.tome import ToMe
 
 
 def adapt(
@@ -70,12 +72,35 @@ def only(model: Adapted, *methods: str) -> Adapted:
         raise PluginError(f"the model has no plugin {unknown[0]!r}: it has {', '.join(names) or 'none'}")
     if tuned := [plugin.method for plugin in plugins if isinstance(plugin, Tuning)]:
         raise PluginError(f"{tuned[0]} trains the backbone itself, which cannot be taken apart")
-    kept = [plugin.taken() for plugin in plugins if plugin.method in methods]
-    part = Adapted(model.backbone, model.view, kept, model.classes, head_bits=model.head_bits)
-    if model.head is not None and part.head is not None:
-        part.head.load_state_dict(model.head.state_dict())
-    part.input_config = dict(model.input_config)
-    return part
+    return _rejoined(model, [plugin.taken() for plugin in plugins if plugin.method in methods])
+
+
+def compress(model: Adapted | nn.Module, budget: Budget = 8, *, proportional: bool = True) -> Adapted:
+    """Returns a model that works on fewer and fewer tokens, with the same plugins and head. Nothing is trained.
+
+    Each block merges its most similar tokens (ToMe). An earlier budget of the model is replaced.
+
+    Args:
+        model: An adapted model, or a backbone with its own classifier.
+        budget: Tokens that each block removes, as `ToMe` takes it; 0 removes none.
+        proportional: Whether attention counts a token as often as the tokens it stands for.
+
+    Raises:
+        BackboneError: No view walks the backbone.
+        PluginError: Tokens cannot go in this backbone, or a plugin of the model needs all of them.
+
+    Example:
+        >>> import petiole as pt
+        >>> model = pt.adapt(pt.backbone("micro"), pt.LoRA(rank=4), classes=["cat", "dog"])
+        >>> fast = pt.compress(model, 4)
+    """
+    merging = ToMe(budget=budget, proportional=proportional)
+    if not isinstance(model, Adapted):
+        return adapt(model, merging)
+    plugins = model.taps.plugins
+    if tuned := [plugin.method for plugin in plugins if isinstance(plugin, Tuning)]:
+        raise PluginError(f"{tuned[0]} has trained the backbone itself: compress what petiole.merge gives")
+    return _rejoined(model, [*(p.taken() for p in plugins if not isinstance(p, Reducer)), merging])
 
 
 def quantise(model: Adapted, bits: int | None = None, head_bits: int | None = None) -> Adapted:
@@ -102,13 +127,9 @@ def quantise(model: Adapted, bits: int | None = None, head_bits: int | None = No
     if head_bits is not None and model.head is None:
         raise PluginError("the backbone's own classifier answers: there is no head to quantise")
     kept = [p.taken() if bits is None else type(p)(**{**p.settings(), "bits": bits}) for p in plugins]
-    bits_of_head = model.head_bits if head_bits is None else head_bits
-    other = Adapted(model.backbone, model.view, kept, model.classes, head_bits=bits_of_head)
-    other.input_config = dict(model.input_config)
+    other = _rejoined(model, kept, model.head_bits if head_bits is None else head_bits)
     for ours, theirs in zip(other.plugins, plugins, strict=True):
         copy_weights(theirs, ours)
-    if model.head is not None and other.head is not None:
-        _copy_head(model.head, other.head)
     return other
 
 
@@ -146,6 +167,16 @@ def merge(model: Adapted) -> nn.Module:
     plain = model.merged()
     prove_merged(model, plain)
     return plain
+
+
+def _rejoined(model: Adapted, plugins: Sequence[Plugin], head_bits: int | None = None) -> Adapted:
+    """Returns a model with other plugins, and the head of a model on its backbone."""
+    bits = model.head_bits if head_bits is None else head_bits
+    other = Adapted(model.backbone, model.view, plugins, model.classes, head_bits=bits)
+    other.input_config = dict(model.input_config)
+    if model.head is not None and other.head is not None:
+        _copy_head(model.head, other.head)
+    return other
 
 
 @torch.no_grad()

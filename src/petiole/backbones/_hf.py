@@ -59,7 +59,8 @@ class HFView(PlainView):
         eager = sys.modules[type(attn).__module__].eager_attention_forward
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
         dropout = getattr(attn, self.dropout) if attn.training else 0.0
-        y, _ = kernel(attn, q, k, v, None, dropout=dropout, scaling=getattr(attn, self.scale))
+        bias = None if flow.bias is None else flow.bias.to(q.dtype)
+        y, _ = kernel(attn, q, k, v, bias, dropout=dropout, scaling=getattr(attn, self.scale))
         proj = at(attn, self.wiring.proj)
         return run_linear(proj, f"{name}.proj", y.flatten(2).contiguous(), taps, flow), k
 

@@ -39,7 +39,8 @@ class MhaView(PlainView):
         names = (f"{name}.q", f"{name}.k", f"{name}.v")
         parts = taps.linear(names, x, fused.transpose(0, 1), attn.in_proj_weight, flow)
         q, k, v = (split_heads(t, attn.num_heads) for t in parts)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.dropout if attn.training else 0.0)
+        bias, dropout = None if flow.bias is None else flow.bias.to(q.dtype), attn.dropout if attn.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         y = y.permute(2, 0, 1, 3).flatten(2)
         # `out_proj` is read, not called, as the host does
         out = F.linear(y, attn.out_proj.weight, attn.out_proj.bias).transpose(0, 1)

@@ -15,6 +15,7 @@ from ..core.taps import Taps
 from ..core.view import View
 from ..errors import MergeError
 from ._parts import affine_site, fused_sites, linear_site, need, run_linear, run_linears, thirds
+from ._pooling import attention_pool, weighed
 
 Attend = Callable[[Tensor, Flow], tuple[Tensor, Tensor]]
 
@@ -26,10 +27,14 @@ class TimmView(View):
     """Where the model keeps its blocks or stages."""
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
-        return model.forward_head(tokens, pre_logits=True)
+        if flow.sizes is not None and getattr(model, "attn_pool", None) is not None:
+            return model.head_drop(model.fc_norm(attention_pool(model, tokens, flow)))
+        return model.forward_head(weighed(model, tokens, flow), pre_logits=True)
 
     def classify(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
-        return model.forward_head(tokens)
+        if flow.sizes is not None and getattr(model, "attn_pool", None) is not None:
+            return model.head(self.pool(model, tokens, flow))
+        return model.forward_head(weighed(model, tokens, flow))
 
     def answer(self, model: Any, images: Tensor) -> Tensor:
         return model(images)
@@ -117,6 +122,11 @@ def drops_patches(model: Any) -> bool:
     return model.training and patch_drop is not None and not isinstance(patch_drop, nn.Identity)
 
 
+def biases(flow: Flow, q: Tensor) -> tuple[Tensor, ...]:
+    """Returns what the flow adds to the scores of queries `[B, h, N, d_head]`, as masks."""
+    return () if flow.bias is None else (flow.bias.to(q.dtype),)
+
+
 def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
     """Returns what the heads attend to `[B, N, d]`, by the model's own kernel.
 
@@ -183,7 +193,7 @@ def run_attention(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    y = attn.norm(attend(attn, q, k, v))
+    y = attn.norm(attend(attn, q, k, v, *biases(flow, q)))
     y = y if gate is None else y * gate
     return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), k
 

@@ -16,7 +16,7 @@ from ..core.flow import Flow
 from ..core.site import Kind
 from ..core.taps import Taps
 from ._parts import run_linear, split_heads
-from ._timm import TimmView, attend, need_blocks, run_block, run_qkv
+from ._timm import TimmView, attend, biases, need_blocks, run_block, run_qkv
 
 
 class TimmBeit(TimmView):
@@ -58,5 +58,5 @@ def run_attention(
     """
     q, k, v = (split_heads(t, attn.num_heads) for t in run_qkv(attn, name, x, taps, flow))
     own = () if attn.relative_position_bias_table is None else (attn._get_rel_pos_bias(),)
-    y = attend(attn, q, k, v, *own, *shared)
+    y = attend(attn, q, k, v, *own, *shared, *biases(flow, q))
     return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), k

@@ -10,6 +10,7 @@ from ..core.taps import Taps
 from ._hf import HFView
 from ._parts import CLIP
 from ._plain import Wiring
+from ._pooling import mean_of_patches
 
 
 class HFCLIP(HFView):
@@ -42,7 +43,7 @@ class HFCLIP(HFView):
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         if self.classifiers(model):
-            return tokens[:, flow.num_prefix :].mean(dim=1)
+            return mean_of_patches(tokens, flow)
         pooled = self.body(model).post_layernorm(tokens[:, 0])
         return model.visual_projection(pooled) if hasattr(model, "visual_projection") else pooled
 

@@ -11,6 +11,7 @@ from ..core.taps import Taps
 from ._hf import HFView
 from ._parts import IMAGENET, run_linear, run_linears
 from ._plain import Wiring
+from ._pooling import mean_of_patches
 
 
 class HFDinov2(HFView):
@@ -60,7 +61,7 @@ class HFDinov2(HFView):
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         if not self.classifiers(model):
             return tokens[:, 0]
-        return torch.cat([tokens[:, 0], tokens[:, flow.num_prefix :].mean(dim=1)], dim=1)
+        return torch.cat([tokens[:, 0], mean_of_patches(tokens, flow)], dim=1)
 
     def num_features(self, model: Any) -> int:
         return super().num_features(model) * (2 if self.classifiers(model) else 1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core.flow import Flow
 from ..core.taps import Taps
-from ..errors import BackboneError, MergeError
+from ..errors import BackboneError, MergeError, PluginError
 from ._mha import MhaView
 from ._parts import CLIP, need
 from ._plain import Wiring
@@ -46,6 +46,11 @@ class OpenClipViT(MhaView):
         return self.run_blocks(model, x, taps, Flow(1, None if drops else tuple(model.grid_size)))
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
+        if flow.sizes is not None and (model.attn_pool is not None or model.pool_type != "tok"):
+            raise PluginError(
+                f"this {type(model).__name__} does not pool by its class token, and its pooling has no weights for "
+                "merged tokens: use it without token compression"
+            )
         pooled, _ = model._pool(tokens)
         return pooled if model.proj is None else pooled @ model.proj
 

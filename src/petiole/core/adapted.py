@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import MergeError, PluginError
 from ..nn.weights import FULL, QuantisedLinear, check_bits, quantised
 from .fingerprint import digest
-from .plugin import Delta, Plugin, Tuning
+from .plugin import Delta, Plugin, Reducer, Tuning
 from .site import Site, Slot
 from .taps import Taps
 from .twin import twin
@@ -49,6 +49,7 @@ class Adapted(nn.Module):
         super().__init__()
         if classes is not None and (len(classes) < 2 or len(set(classes)) != len(classes)):
             raise PluginError(f"a head needs at least two different classes, got {list(classes)}")
+        _check_company(plugins)
         view.check(backbone)
         generator = torch.Generator().manual_seed(seed)
         sites = view.sites(backbone)
@@ -182,6 +183,15 @@ class Adapted(nn.Module):
 
 def _arguments(plugin: Plugin) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in plugin.settings().items())
+
+
+def _check_company(plugins: Sequence[Plugin]) -> None:
+    reducers = [type(plugin).__name__ for plugin in plugins if isinstance(plugin, Reducer)]
+    bound = [type(plugin).__name__ for plugin in plugins if plugin.needs_grid]
+    if reducers and bound:
+        raise PluginError(
+            f"{bound[0]} needs the whole patch grid, which {reducers[0]} takes apart: use one without the other"
+        )
 
 
 def _head(num_features: int, num_classes: int, bits: int, generator: torch.Generator) -> nn.Linear | QuantisedLinear:

@@ -1,6 +1,9 @@
 """Facts about the tokens of one forward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -11,8 +14,23 @@ class Flow:
         num_prefix: Tokens in front of the patches: class, distillation and register tokens, then prompts.
         grid: Height and width of the patch grid; None once the patches no longer form one (dropped or merged).
         num_prompts: How many of the prefix tokens are prompts of a plugin.
+        sizes: How many of the first tokens each token stands for `[B, N]`; None while each stands for itself. Pooling
+            weights by them.
+        bias: What attention adds to the scores of each key `[B, 1, 1, N]`; None for nothing.
     """
 
     num_prefix: int
     grid: tuple[int, int] | None
     num_prompts: int = 0
+    sizes: Tensor | None = None
+    bias: Tensor | None = None
+
+    def without_prompts(self) -> "Flow":
+        """Returns the facts once the prompts, the last prefix tokens, are gone."""
+        start, stop = self.num_prefix - self.num_prompts, self.num_prefix
+        kept = [t if t is None else _cut(t, start, stop) for t in (self.sizes, self.bias)]
+        return replace(self, num_prefix=start, num_prompts=0, sizes=kept[0], bias=kept[1])
+
+
+def _cut(t: Tensor, start: int, stop: int) -> Tensor:
+    return torch.cat([t[..., :start], t[..., stop:]], dim=-1)

@@ -25,6 +25,8 @@ class Plugin(nn.Module, ABC):
     """
 
     method: ClassVar[str]
+    needs_grid: ClassVar[bool] = False
+    """Whether it works on the whole patch grid, so that no token may be merged or dropped before it."""
 
     def __init__(self) -> None:
         super().__init__()

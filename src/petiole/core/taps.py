@@ -54,8 +54,8 @@ class Taps:
         """Returns the sequence after the last block without prompts, and what is now true of it."""
         if not flow.num_prompts:
             return x, flow
-        num_prefix = flow.num_prefix - flow.num_prompts
-        return torch.cat([x[:, :num_prefix], x[:, flow.num_prefix :]], dim=1), Flow(num_prefix, flow.grid)
+        plain = flow.without_prompts()
+        return torch.cat([x[:, : plain.num_prefix], x[:, flow.num_prefix :]], dim=1), plain
 
     def linear(
         self,

@@ -20,6 +20,7 @@ METHODS = {
     "lora": "LoRA",
     "repadapter": "RepAdapter",
     "ssf": "SSF",
+    "tome": "ToMe",
     "vpt": "VPT",
 }
 

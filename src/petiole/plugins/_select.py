@@ -25,6 +25,20 @@ def branch_sites(plugin: Plugin, sites: Sequence[Site], roles: Sequence[str] | N
     return _choose(plugin, sites, "branch", roles)
 
 
+def token_sites(plugin: Plugin, sites: Sequence[Site]) -> list[Site]:
+    """Returns the tokens sites, where a sequence can be shortened.
+
+    Raises:
+        PluginError: The backbone has none; says why that is so.
+    """
+    if found := [site for site in sites if site.kind == "tokens"]:
+        return found
+    raise PluginError(
+        f"{type(plugin).__name__} needs a place where tokens can go, and this backbone has none: windows, relative or "
+        "rotary positions belong to its whole grid"
+    )
+
+
 def _choose(plugin: Plugin, sites: Sequence[Site], kind: Kind, roles: Sequence[str] | None) -> list[Site]:
     found = [site for site in sites if site.kind == kind]
     known = list(dict.fromkeys(site.role for site in found))

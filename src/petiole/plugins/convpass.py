@@ -42,6 +42,7 @@ class Convpass(Bypass):
     """
 
     method = "convpass"
+    needs_grid = True
 
     def __init__(
         self,
@@ -81,8 +82,8 @@ class Convpass(Bypass):
         i, grid = self.index[site.name], here.flow.grid
         if grid is None:
             raise PluginError(
-                f"Convpass needs the whole patch grid at {site.name}, but patches were dropped or merged before it: "
-                "use it without patch dropout and token merging"
+                f"Convpass needs the whole patch grid at {site.name}, but patches were dropped before it: use it "
+                "without patch dropout"
             )
         code = _quick_gelu(self.down.down(i, x))
         kernel = self.conv[i].unflatten(-1, (self.dim, 3, 3))
