@@ -369,7 +369,7 @@ def test_convpass_draws_its_stochastic_depth_apart_from_the_backbones() -> None:
 
 def test_convpass_says_what_to_do_without_a_grid() -> None:
     plugin = moved(pt.Convpass(roles=("attn",)), [branch()])
-    with pytest.raises(pt.PluginError, match=r"needs the whole patch grid at blocks\.0\.attn.*token merging"):
+    with pytest.raises(pt.PluginError, match=r"needs the whole patch grid at blocks\.0\.attn.*patch dropout"):
         plugin.add(branch(), normal(1, 5, 4), Here(Flow(1, None)))
 
 
