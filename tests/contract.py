@@ -70,6 +70,8 @@ PLUGINS = {
     ),
     "repadapter-1-bit": Row(lambda: pt.RepAdapter(bias=False, bits=1), DEPTH * 2 * 8 * WIDTH * 3 // 2, False),
     "ssf": Row(pt.SSF, (22 * DEPTH + 4) * WIDTH),
+    "tocom": Row(lambda: pt.ToCom(groups=5, source=1, target=4), DEPTH * 2 * 5 * 2 * 2 * WIDTH),
+    "tocom-back": Row(lambda: pt.ToCom(groups=3, dim=1, source=3, target=0), DEPTH * 2 * 3 * 2 * WIDTH),
     "tome": Row(lambda: pt.ToMe(budget=2), 0, is_identity=False),
     "tome-share": Row(lambda: pt.ToMe(budget=0.7, proportional=False), 0, is_identity=False),
     "vpt-deep": Row(lambda: pt.VPT(num_prompts=3), DEPTH * 3 * WIDTH, is_identity=False),

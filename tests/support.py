@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[[], Plugin]] = {
     "RepAdapter": lambda: pt.RepAdapter(dim=4),
     "FacT-TT": lambda: pt.FacT(rank=2),
     "FacT-TK": lambda: pt.FacT(rank=2, form="tk"),
+    "ToCom": lambda: pt.ToCom(groups=2, target=1),
     "ToMe": lambda: pt.ToMe(budget=1),
     "Convpass": lambda: pt.Convpass(dim=3),
     "Convpass-attn": lambda: pt.Convpass(dim=3, roles=("attn",)),

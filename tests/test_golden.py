@@ -208,6 +208,26 @@ def test_merged_vit_agrees(budget: Any) -> None:
     assert_logits(model(IMAGES), expected["logits"][name], 1e-6)
 
 
+@pytest.mark.parametrize("pair", golden("tocom")["logits"])
+def test_compensated_vit_agrees(pair: str) -> None:
+    expected = golden("tocom")
+    target, source = (int(part.partition("=")[2]) for part in pair.split(","))
+    settings = {"embed_dim": 768, "depth": expected["depth"], "num_heads": 12, "num_classes": 10}
+    backbone = rebuild(VisionTransformer(**settings).double().eval(), 0.02)
+    groups = expected["groups"]
+    plugin = pt.ToCom(
+        groups=groups, dim=expected["dim"] // groups, source=source, target=target, scale=expected["scale"]
+    )
+    model = pt.adapt(backbone, plugin, pt.ToMe(budget=target), prove=False)
+    with torch.no_grad():
+        for i, site in enumerate(plugin.sites):
+            for part, weights in (("down", plugin.down), ("up", plugin.up)):
+                name = f"tocom.{site.name}_tocom.adapter_{part}.weight"
+                assert name in expected["tensors"]
+                weights[i].copy_(det(name, weights[i].shape, expected["std"]))
+    assert_logits(model(IMAGES), expected["logits"][pair], 1e-6)
+
+
 @pytest.fixture(scope="module")
 def swin() -> SwinTransformer:
     expected = golden("convpass_swin")

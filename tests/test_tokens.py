@@ -163,3 +163,40 @@ def test_model_that_pools_by_the_maximum_is_refused() -> None:
     )
     with pytest.raises(pt.PluginError, match="pools by 'max', which has no weights for merged tokens"):
         pt.compress(backbone, 2)
+
+
+def compensation(source: int, target: int, seed: int = 0) -> Tensor:
+    """All weight changes of a random compensator between two degrees."""
+    backbone = MODELS["vit"]().eval().double()
+    model = pt.adapt(backbone, pt.ToCom(groups=6, source=source, target=target), prove=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.plugins.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    plugin = model.plugins[0]
+    return torch.stack([plugin.change(site, *model.frozen(site))[0] for site in plugin.sites])
+
+
+def test_compensation_is_antisymmetric_additive_along_chains_and_nothing_at_equal_degrees() -> None:
+    assert torch.equal(compensation(1, 4), -compensation(4, 1))
+    torch.testing.assert_close(compensation(0, 2) + compensation(2, 5), compensation(0, 5))
+    torch.testing.assert_close(compensation(5, 3) + compensation(3, 6), compensation(5, 6))
+    assert not compensation(3, 3).any()
+    assert torch.linalg.matrix_rank(compensation(1, 4)[0]) == 3 * 2
+
+
+def test_compensated_model_folds_into_an_ordinary_one_for_a_pair() -> None:
+    model = pt.adapt(pt.backbone("micro"), pt.ToCom(source=2, target=8), classes=CLASSES).eval()
+    with torch.no_grad():
+        for parameter in model.plugins.parameters():
+            parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    images = model.view.probe(model.backbone)
+    plain = pt.merge(model)
+    torch.testing.assert_close(pt.compress(plain, 4)(images), pt.compress(model, 4)(images), rtol=1e-4, atol=1e-4)
+
+
+def test_degree_that_was_not_trained_is_refused() -> None:
+    with pytest.raises(pt.PluginError, match=r"the target degree lies between 0 and 16, .* got 17"):
+        pt.ToCom(target=17)
+    with pytest.raises(pt.PluginError, match=r"the source degree lies between 0 and 4, .* got -1"):
+        pt.ToCom(groups=4, source=-1, target=2)

@@ -33,6 +33,7 @@ _PUBLIC = {
     "SearchResult": "train.searching",
     "Task": "tasks",
     "TaskError": "errors",
+    "ToCom": "plugins.tocom",
     "ToMe": "plugins.tome",
     "Transform": "tasks",
     "VPT": "plugins.vpt",

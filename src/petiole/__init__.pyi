@@ -34,6 +34,7 @@ from .plugins.linear import Linear as Linear
 from .plugins.lora import LoRA as LoRA
 from .plugins.repadapter import RepAdapter as RepAdapter
 from .plugins.ssf import SSF as SSF
+from .plugins.tocom import ToCom as ToCom
 from .plugins.tome import ToMe as ToMe
 from .plugins.vpt import VPT as VPT
 from .tasks import Task as Task

@@ -20,6 +20,7 @@ METHODS = {
     "lora": "LoRA",
     "repadapter": "RepAdapter",
     "ssf": "SSF",
+    "tocom": "ToCom",
     "tome": "ToMe",
     "vpt": "VPT",
 }
