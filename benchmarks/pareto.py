@@ -63,7 +63,7 @@ def main() -> None:
     args = options.parse_args()
     tests = run_all(CONTESTANTS, args).tests(list(CONTESTANTS))
     tasks = sorted({task for rows in tests.values() for task in rows})
-    print(f"| plugin | bits | head bits | plugin [bytes] | {' | '.join(tasks)} | mean |")
+    print(f"| plugin | bits | head bits | bytes | {' | '.join(tasks)} | mean |")
     print("|---|---:|---:|---:|" + "---:|" * (len(tasks) + 1))
     points: dict[str, list[tuple[int, float]]] = {}
     for name, rows in sorted(tests.items(), key=lambda item: plugin_bytes(CONTESTANTS[item[0]])):
