@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -181,6 +182,14 @@ class Hub:
         return Answer(200, files[file], {"ETag": f'"{hashlib.sha256(files[file]).hexdigest()}"', "X-Repo-Commit": sha})
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing of a client that leaves in the middle, which would stand in what a command said."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def handle_request(self) -> None:
@@ -207,7 +216,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The fake, as the Hub of this process; anna is logged in, the cache is empty."""
     fake = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(fake))
+    server = Server(("127.0.0.1", 0), handler(fake))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     fake.url = f"http://127.0.0.1:{server.server_port}"
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, fake.url)

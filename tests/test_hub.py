@@ -5,23 +5,22 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars, logging
 
 import fake_hub
 import petiole as pt
+import test_cli
 from fake_hub import ANNA, NAME, PUBLIC, Answer, Hub, refusal
-from petiole.cli import main
-from petiole.cli.pull import pull as pull_command
-from petiole.cli.push import push as push_command
 from petiole.files.hub import pull, push, upload
+from test_cli import Command
 
+run_command = test_cli.petiole
 damaged, hub, other, plugin = fake_hub.damaged, fake_hub.hub, fake_hub.other, fake_hub.plugin
 
 # what is pushed
@@ -228,27 +227,10 @@ def test_token_and_endpoint_can_be_given(hub: Hub, plugin: Path, monkeypatch: py
 
 
 @pytest.fixture
-def petiole(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., Any]]:
-    """Runs a command; returns exit code, stdout and stderr."""
-    app = typer.Typer()
-    app.command("push")(push_command)
-    app.command("pull")(pull_command)
-    monkeypatch.setattr("petiole.cli.app.app", app)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["petiole", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as leave:
-            code = leave.code or 0
-        return (code, *capsys.readouterr())
-
+def petiole(hub: Hub, run_command: Command) -> Iterator[Command]:
+    """Runs a command; what it silences in the Hub's library is as before afterwards."""
     verbosity = logging.get_verbosity()
-    yield run
+    yield run_command
     logging.set_verbosity(verbosity)
     enable_progress_bars()
 

@@ -216,6 +216,8 @@ def test_bits_that_are_none_are_refused() -> None:
         pt.adapt(pt.backbone("micro"), pt.LoRA(), classes=CLASSES, head_bits=0)
     with pytest.raises(pt.PluginError, match="SSF has no matrices"):
         pt.quantise(adapted(pt.SSF()), bits=1)
+    with pytest.raises(pt.PluginError, match="bitfit has trained the backbone itself: train it with head_bits"):
+        pt.quantise(adapted(pt.BitFit()), head_bits=1)
     with pytest.raises(pt.PluginError, match="no head to quantise"):
         pt.quantise(pt.adapt(pt.backbone("micro"), pt.LoRA()), head_bits=1)
 

@@ -70,8 +70,7 @@ def only(model: Adapted, *methods: str) -> Adapted:
     names = [plugin.method for plugin in plugins]
     if unknown := [method for method in methods if method not in names]:
         raise PluginError(f"the model has no plugin {unknown[0]!r}: it has {', '.join(names) or 'none'}")
-    if tuned := [plugin.method for plugin in plugins if isinstance(plugin, Tuning)]:
-        raise PluginError(f"{tuned[0]} trains the backbone itself, which cannot be taken apart")
+    _refuse_tuned(model, "trains the backbone itself, which cannot be taken apart")
     return _rejoined(model, [plugin.taken() for plugin in plugins if plugin.method in methods])
 
 
@@ -98,8 +97,7 @@ def compress(model: Adapted | nn.Module, budget: Budget = 8, *, proportional: bo
     if not isinstance(model, Adapted):
         return adapt(model, merging)
     plugins = model.taps.plugins
-    if tuned := [plugin.method for plugin in plugins if isinstance(plugin, Tuning)]:
-        raise PluginError(f"{tuned[0]} has trained the backbone itself: compress what petiole.merge gives")
+    _refuse_tuned(model, "has trained the backbone itself: compress what petiole.merge gives")
     return _rejoined(model, [*(p.taken() for p in plugins if not isinstance(p, Reducer)), merging])
 
 
@@ -126,9 +124,10 @@ def quantise(model: Adapted, bits: int | None = None, head_bits: int | None = No
         raise PluginError(f"{whole[0]} has no matrices to quantise: leave it as it is, or choose a method with bits")
     if head_bits is not None and model.head is None:
         raise PluginError("the backbone's own classifier answers: there is no head to quantise")
+    _refuse_tuned(model, "has trained the backbone itself: train it with head_bits instead")
     kept = [p.taken() if bits is None else type(p)(**{**p.settings(), "bits": bits}) for p in plugins]
     other = _rejoined(model, kept, model.head_bits if head_bits is None else head_bits)
-    for ours, theirs in zip(other.plugins, plugins, strict=True):
+    for ours, theirs in zip(other.plugins, plugins, strict=True) if bits is not None else ():
         copy_weights(theirs, ours)
     return other
 
@@ -167,6 +166,12 @@ def merge(model: Adapted) -> nn.Module:
     plain = model.merged()
     prove_merged(model, plain)
     return plain
+
+
+def _refuse_tuned(model: Adapted, fault: str) -> None:
+    """Refuses a model whose own backbone was trained: another model on it would belong to no backbone that is kept."""
+    if tuned := [plugin.method for plugin in model.taps.plugins if isinstance(plugin, Tuning)]:
+        raise PluginError(f"{tuned[0]} {fault}")
 
 
 def _rejoined(model: Adapted, plugins: Sequence[Plugin], head_bits: int | None = None) -> Adapted:
