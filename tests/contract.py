@@ -47,6 +47,8 @@ PLUGINS = {
     "convpass-attn": Row(lambda: pt.Convpass(dim=3, roles=("attn",), scale=0.1), DEPTH * (bottleneck(3) + 9 * 9 + 3)),
     "convpass-dirac": Row(lambda: pt.Convpass(dim=3, scale=0.1, init="dirac"), 2 * DEPTH * (bottleneck(3) + 9 * 9 + 3)),
     "convpass-1-bit": Row(lambda: pt.Convpass(dim=3, bias=False, bits=1), 2 * DEPTH * (2 * WIDTH * 3 + 9 * 9), False),
+    "evit": Row(lambda: pt.EViT(budget=3), 0, is_identity=False),
+    "evit-share": Row(lambda: pt.EViT(budget=0.7), 0, is_identity=False),
     "fact-tt": Row(lambda: pt.FacT(rank=3), 2 * WIDTH * 3 + 12 * DEPTH * 9),
     "fact-tk": Row(lambda: pt.FacT(rank=3, form="tk", scale=10.0), 2 * WIDTH * 3 + 12 * DEPTH * 3 + 27),
     "fact-tk-reference": Row(

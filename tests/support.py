@@ -51,6 +51,7 @@ METHODS: dict[str, Callable[[], Plugin]] = {
     "FacT-TK": lambda: pt.FacT(rank=2, form="tk"),
     "ToCom": lambda: pt.ToCom(groups=2, target=1),
     "ToMe": lambda: pt.ToMe(budget=1),
+    "EViT": lambda: pt.EViT(budget=2),
     "Convpass": lambda: pt.Convpass(dim=3),
     "Convpass-attn": lambda: pt.Convpass(dim=3, roles=("attn",)),
 }

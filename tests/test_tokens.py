@@ -12,6 +12,7 @@ import petiole as pt
 from models import MODELS
 from petiole.backbones import view_of
 from petiole.core.adapted import Adapted
+from petiole.core.attended import Attended
 from petiole.core.flow import Flow
 from petiole.core.site import Site
 
@@ -67,8 +68,8 @@ class Watch(pt.ToMe):
 
     seen: list[tuple[Tensor, Flow, Tensor, Flow]]
 
-    def reduce(self, site: Site, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
-        y, after = super().reduce(site, x, keys, flow)
+    def reduce(self, site: Site, x: Tensor, attended: Attended, flow: Flow) -> tuple[Tensor, Flow]:
+        y, after = super().reduce(site, x, attended, flow)
         self.seen.append((x, flow, y, after))
         return y, after
 

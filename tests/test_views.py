@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import petiole as pt
 from models import CLASSES, MODELS, WIDTH
 from petiole.backbones import VIEWS, view_of
+from petiole.core.attended import Attended
 from petiole.core.flow import Flow
 from petiole.core.here import Here
 from petiole.core.plugin import Bypass, Reducer
@@ -58,7 +59,7 @@ class Recorder(Taps):
         self.linears: list[tuple[Sequence[str], Tensor, Sequence[Tensor], Flow]] = []
         self.weights: list[Tensor] = []
         self.order: list[str] = []
-        self.keys: list[tuple[Tensor, Tensor]] = []
+        self.attended: list[tuple[Tensor, Attended]] = []
 
     def block(self, name: str, x: Tensor, flow: Flow, run: Step) -> tuple[Tensor, Flow]:
         self.order.append(f"{name}.input")
@@ -86,9 +87,9 @@ class Recorder(Taps):
         self.order.append(name)
         return y
 
-    def tokens(self, name: str, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+    def tokens(self, name: str, x: Tensor, attended: Attended, flow: Flow) -> tuple[Tensor, Flow]:
         self.order.append(name)
-        self.keys.append((x, keys))
+        self.attended.append((x, attended))
         return x, flow
 
 
@@ -121,7 +122,7 @@ class Halve(Reducer):
     def build(self, generator: torch.Generator | None) -> None:
         """Creates nothing."""
 
-    def reduce(self, site: Site, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+    def reduce(self, site: Site, x: Tensor, attended: Attended, flow: Flow) -> tuple[Tensor, Flow]:
         patches = x[:, flow.num_prefix :: 2]
         return torch.cat([x[:, : flow.num_prefix], patches], dim=1), Flow(flow.num_prefix, None)
 
@@ -215,11 +216,14 @@ def test_maps_with_one_input_are_offered_together(name: str) -> None:
 
 
 @every_model
-def test_keys_have_one_row_per_token(name: str) -> None:
+def test_queries_and_keys_have_one_row_per_token(name: str) -> None:
     model = MODELS[name]()
     view, taps = view_of(model), Recorder()
     view.run(model, view.probe(model), taps)
-    assert all(keys.ndim == 4 and keys.shape[::2] == x.shape[:2] for x, keys in taps.keys)
+    for x, attended in taps.attended:
+        assert attended.queries.shape == attended.keys.shape
+        assert attended.keys.ndim == 4
+        assert attended.keys.shape[::2] == x.shape[:2]
 
 
 @every_model

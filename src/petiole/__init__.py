@@ -14,6 +14,7 @@ _PUBLIC = {
     "BitFit": "plugins.bitfit",
     "Convpass": "plugins.convpass",
     "DivergedError": "errors",
+    "EViT": "plugins.evit",
     "FacT": "plugins.fact",
     "FitError": "errors",
     "FitResult": "train.loop",

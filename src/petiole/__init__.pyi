@@ -27,6 +27,7 @@ from .plugins.adapter import Adapter as Adapter
 from .plugins.adaptformer import AdaptFormer as AdaptFormer
 from .plugins.bitfit import BitFit as BitFit
 from .plugins.convpass import Convpass as Convpass
+from .plugins.evit import EViT as EViT
 from .plugins.fact import FacT as FacT
 from .plugins.full import Full as Full
 from .plugins.layernorm import LayerNorm as LayerNorm

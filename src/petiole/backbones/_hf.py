@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from ..core.attended import Attended
 from ..core.flow import Flow
 from ..core.site import Site
 from ..core.taps import Taps
@@ -51,7 +52,7 @@ class HFView(PlainView):
             for r in "qkv"
         ]
 
-    def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Tensor]:
+    def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Attended]:
         names = (f"{name}.q", f"{name}.k", f"{name}.v")
         parts = run_linears((attn.q_proj, attn.k_proj, attn.v_proj), names, x, taps, flow)
         q, k, v = (t.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for t in parts)
@@ -59,10 +60,10 @@ class HFView(PlainView):
         eager = sys.modules[type(attn).__module__].eager_attention_forward
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
         dropout = getattr(attn, self.dropout) if attn.training else 0.0
-        bias = None if flow.bias is None else flow.bias.to(q.dtype)
-        y, _ = kernel(attn, q, k, v, bias, dropout=dropout, scaling=getattr(attn, self.scale))
+        bias, scale = None if flow.bias is None else flow.bias.to(q.dtype), getattr(attn, self.scale)
+        y, _ = kernel(attn, q, k, v, bias, dropout=dropout, scaling=scale)
         proj = at(attn, self.wiring.proj)
-        return run_linear(proj, f"{name}.proj", y.flatten(2).contiguous(), taps, flow), k
+        return run_linear(proj, f"{name}.proj", y.flatten(2).contiguous(), taps, flow), Attended(q, k, scale)
 
     def start(self, model: Any, images: Tensor) -> tuple[Tensor, Flow]:
         """Returns the embedded tokens `[B, N, d]` and the facts about them."""
@@ -70,7 +71,7 @@ class HFView(PlainView):
         conv = at(body, self.patches)
         height, width = (size // kernel for size, kernel in zip(images.shape[-2:], conv.kernel_size, strict=True))
         prefix = 1 + getattr(body.config, "num_register_tokens", 0)
-        return body.embeddings(images.to(conv.weight.dtype)), Flow(prefix, (height, width))
+        return body.embeddings(images.to(conv.weight.dtype)), Flow(prefix, (height, width), has_class=True)
 
     def classify(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         pooled = self.pool(model, tokens, flow)

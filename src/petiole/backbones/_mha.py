@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.attended import Attended
 from ..core.flow import Flow
 from ..core.site import Site
 from ..core.taps import Taps
@@ -33,7 +34,7 @@ class MhaView(PlainView):
         biases = thirds(None if attn.in_proj_bias is None else f"{part}.in_proj_bias", width)
         return fused_sites(name, width, block, width, drop_path, f"{part}.in_proj_weight", biases)
 
-    def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Tensor]:
+    def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Attended]:
         # the host multiplies with tokens as the first axis; the same order of rows keeps every bit
         fused = F.linear(x.transpose(0, 1), attn.in_proj_weight, attn.in_proj_bias)
         names = (f"{name}.q", f"{name}.k", f"{name}.v")
@@ -44,7 +45,8 @@ class MhaView(PlainView):
         y = y.permute(2, 0, 1, 3).flatten(2)
         # `out_proj` is read, not called, as the host does
         out = F.linear(y, attn.out_proj.weight, attn.out_proj.bias).transpose(0, 1)
-        return taps.linear((f"{name}.proj",), y.transpose(0, 1), (out,), attn.out_proj.weight, flow)[0], k
+        out = taps.linear((f"{name}.proj",), y.transpose(0, 1), (out,), attn.out_proj.weight, flow)[0]
+        return out, Attended(q, k, attn.head_dim**-0.5)
 
     def answer(self, model: Any, images: Tensor) -> Tensor:
         # an input that wants a gradient keeps the attention off its fused path

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..core.attended import Attended
 from ..core.flow import Flow
 from ..core.site import Site
 from ..core.taps import Taps
@@ -70,8 +71,8 @@ class PlainView(View):
         """Returns the sites q, k, v of the attention `name`, whose dotted name in the model is `part`."""
 
     @abstractmethod
-    def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Tensor]:
-        """Returns the attention's output `[B, N, d]` and its keys `[B, h, N, d_head]`."""
+    def run_attention(self, attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Tensor, Attended]:
+        """Returns the attention's output `[B, N, d]`, and its queries and keys."""
 
     def prefix(self, model: Any) -> str:
         """Returns the dotted name of the body that holds the blocks, with a last dot; empty for the model itself."""
@@ -140,9 +141,10 @@ class PlainView(View):
         """Returns the residual stream after one block, and what is now true of it."""
         w = self.wiring
         h = taps.affine(f"{name}.norm1", at(block, w.norm1)(x), flow)
-        y, keys = self.run_attention(at(block, w.attn), f"{name}.attn", h, taps, flow)
+        y, attended = self.run_attention(at(block, w.attn), f"{name}.attn", h, taps, flow)
         x = taps.branch(f"{name}.attn", x + through(block, w.after1, y), h, flow, residual=x)
-        x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
+        x, flow = taps.tokens(f"{name}.tokens", x, attended, flow)
+        del attended  # queries and keys need not live on through the MLP
         h = taps.affine(f"{name}.norm2", at(block, w.norm2)(x), flow)
         y = self.run_mlp(block, f"{name}.mlp", h, taps, flow)
         return taps.branch(f"{name}.mlp", x + through(block, w.after2, y), h, flow, residual=x), flow

@@ -9,6 +9,7 @@ from timm.data import resolve_model_data_config
 from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
+from ..core.attended import Attended
 from ..core.flow import Flow
 from ..core.site import Kind, Site, Slot
 from ..core.taps import Taps
@@ -17,7 +18,7 @@ from ..errors import MergeError
 from ._parts import affine_site, fused_sites, linear_site, need, run_linear, run_linears, thirds
 from ._pooling import attention_pool, weighed
 
-Attend = Callable[[Tensor, Flow], tuple[Tensor, Tensor]]
+Attend = Callable[[Tensor, Flow], tuple[Tensor, Attended]]
 
 
 class TimmView(View):
@@ -173,8 +174,8 @@ def run_qkv(attn: Any, name: str, x: Tensor, taps: Taps, flow: Flow) -> tuple[Te
 
 def run_attention(
     attn: Any, name: str, taps: Taps, turn: Callable[[Tensor, Flow], Tensor] | None, x: Tensor, flow: Flow
-) -> tuple[Tensor, Tensor]:
-    """Returns the attention's output `[B, N, d]` and its keys `[B, h, N, d_head]`.
+) -> tuple[Tensor, Attended]:
+    """Returns the attention's output `[B, N, d]`, and its queries and keys.
 
     Args:
         attn: An attention module with norms of q and k, and perhaps a gate or fewer heads for k and v than for q.
@@ -195,7 +196,7 @@ def run_attention(
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     y = attn.norm(attend(attn, q, k, v, *biases(flow, q)))
     y = y if gate is None else y * gate
-    return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), k
+    return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), Attended(q, k, attn.scale)
 
 
 def run_block(block: Any, name: str, taps: Taps, attention: Attend, x: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
@@ -205,14 +206,15 @@ def run_block(block: Any, name: str, taps: Taps, attention: Attend, x: Tensor, f
         block: The block.
         name: Its name.
         taps: Where to call out.
-        attention: From normed input and facts to the attention's output and its keys.
+        attention: From normed input and facts to the attention's output, and its queries and keys.
         x: Residual stream `[B, N, d]`.
         flow: Facts about the tokens.
     """
     h = taps.affine(f"{name}.norm1", block.norm1(x), flow)
-    y, keys = attention(h, flow)
+    y, attended = attention(h, flow)
     x = taps.branch(f"{name}.attn", x + block.drop_path1(scaled(block, 1, y)), h, flow, residual=x)
-    x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
+    x, flow = taps.tokens(f"{name}.tokens", x, attended, flow)
+    del attended  # queries and keys need not live on through the MLP
     h = taps.affine(f"{name}.norm2", block.norm2(x), flow)
     y = run_mlp(block.mlp, f"{name}.mlp", h, taps, flow)
     return taps.branch(f"{name}.mlp", x + block.drop_path2(scaled(block, 2, y)), h, flow, residual=x), flow

@@ -12,6 +12,7 @@ import torch
 from timm.models.beit import Attention, Block
 from torch import Tensor
 
+from ..core.attended import Attended
 from ..core.flow import Flow
 from ..core.site import Kind
 from ..core.taps import Taps
@@ -31,7 +32,7 @@ class TimmBeit(TimmView):
         need_blocks(self, model, (Block,), (Attention,))
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
-        flow = Flow(model.num_prefix_tokens, model.patch_embed.grid_size)
+        flow = Flow(model.num_prefix_tokens, model.patch_embed.grid_size, has_class=True)
         x = taps.affine("patch_embed", model.patch_embed(images), flow)
         x = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         x = model.pos_drop(x if model.pos_embed is None else x + model.pos_embed)
@@ -45,8 +46,8 @@ class TimmBeit(TimmView):
 
 def run_attention(
     attn: Any, name: str, taps: Taps, shared: tuple[Tensor, ...], x: Tensor, flow: Flow
-) -> tuple[Tensor, Tensor]:
-    """Returns the attention's output `[B, N, d]` and its keys `[B, h, N, d_head]`.
+) -> tuple[Tensor, Attended]:
+    """Returns the attention's output `[B, N, d]`, and its queries and keys.
 
     Args:
         attn: The attention module.
@@ -59,4 +60,4 @@ def run_attention(
     q, k, v = (split_heads(t, attn.num_heads) for t in run_qkv(attn, name, x, taps, flow))
     own = () if attn.relative_position_bias_table is None else (attn._get_rel_pos_bias(),)
     y = attend(attn, q, k, v, *own, *shared, *biases(flow, q))
-    return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), k
+    return attn.proj_drop(run_linear(attn.proj, f"{name}.proj", y, taps, flow)), Attended(q, k, attn.scale)

@@ -44,7 +44,8 @@ class TimmEva(TimmView):
         need_blocks(self, model, (EvaBlock, EvaBlockPostNorm), (EvaAttention, AttentionRope))
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
-        flow = Flow(model.num_prefix_tokens, None if drops_patches(model) else patch_grid(model, images))
+        grid = None if drops_patches(model) else patch_grid(model, images)
+        flow = Flow(model.num_prefix_tokens, grid, has_class=model.cls_token is not None)
         x, rope = model._pos_embed(taps.affine("patch_embed", model.patch_embed(images), flow))
         x = model.norm_pre(x)
         for i, (name, block) in enumerate(self.blocks(model)):
@@ -71,10 +72,11 @@ def run_post_norm_block(
     block: Any, name: str, taps: Taps, attention: Attend, x: Tensor, flow: Flow
 ) -> tuple[Tensor, Flow]:
     """Returns the residual stream after one post-norm block; arguments as in `run_block`."""
-    y, keys = attention(x, flow)
+    y, attended = attention(x, flow)
     y = taps.affine(f"{name}.norm1", block.norm1(y), flow)
     x = taps.branch(f"{name}.attn", x + block.drop_path1(y), x, flow, residual=x)
-    x, flow = taps.tokens(f"{name}.tokens", x, keys, flow)
+    x, flow = taps.tokens(f"{name}.tokens", x, attended, flow)
+    del attended  # queries and keys need not live on through the MLP
     y = run_mlp(block.mlp, f"{name}.mlp", x, taps, flow)
     y = taps.affine(f"{name}.norm2", block.norm2(y), flow)
     return taps.branch(f"{name}.mlp", x + block.drop_path2(y), x, flow, residual=x), flow

@@ -43,7 +43,8 @@ class OpenClipViT(MhaView):
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
         x = model._embeds(images)
         drops = model.training and getattr(model.patch_dropout, "prob", 0.0) > 0
-        return self.run_blocks(model, x, taps, Flow(1, None if drops else tuple(model.grid_size)))
+        flow = Flow(1, None if drops else tuple(model.grid_size), has_class=True)
+        return self.run_blocks(model, x, taps, flow)
 
     def pool(self, model: Any, tokens: Tensor, flow: Flow) -> Tensor:
         if flow.sizes is not None and (model.attn_pool is not None or model.pool_type != "tok"):

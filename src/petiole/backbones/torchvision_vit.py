@@ -42,7 +42,8 @@ class TorchvisionViT(MhaView):
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
         side = model.image_size // model.patch_size
-        x = taps.affine("patch_embed", model._process_input(images), flow := Flow(1, (side, side)))
+        flow = Flow(1, (side, side), has_class=True)
+        x = taps.affine("patch_embed", model._process_input(images), flow)
         x = torch.cat([model.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = model.encoder.dropout(x + model.encoder.pos_embedding)
         x, flow = self.run_blocks(model, x, taps, flow)

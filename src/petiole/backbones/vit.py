@@ -23,7 +23,8 @@ class TimmViT(TimmView):
         need_blocks(self, model, (Block,), (Attention,))
 
     def run(self, model: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Flow]:
-        flow = Flow(model.num_prefix_tokens, None if drops_patches(model) else patch_grid(model, images))
+        grid = None if drops_patches(model) else patch_grid(model, images)
+        flow = Flow(model.num_prefix_tokens, grid, has_class=model.cls_token is not None)
         patches = taps.affine("patch_embed", model.patch_embed(images), flow)
         x = model.norm_pre(model.patch_drop(model._pos_embed(patches)))
         for name, block in self.blocks(model):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PluginError
+from ..nn.schedule import Budget, schedule
+from .attended import Attended
 from .flow import Flow
 from .here import Here
 from .site import Site
@@ -153,16 +155,34 @@ class Delta(Bypass):
 
 
 class Reducer(Plugin):
-    """A plugin that shortens the token sequence between attention and MLP."""
+    """A plugin that shortens the token sequence between attention and MLP. Its setting is a token budget."""
+
+    is_pruning: ClassVar[bool] = False
+    """Whether tokens go by what they are worth rather than by which others they resemble."""
+    budget: Budget
+
+    def build(self, generator: torch.Generator | None) -> None:
+        """Creates no tensors, and reads the budget."""
+        self.set_budget(self.budget)
+
+    def set_budget(self, budget: Budget) -> None:
+        """Changes how many tokens each block removes, from the next pass on.
+
+        Raises:
+            PluginError: The budget is none, or longer than the depth.
+        """
+        requests = schedule(budget, len(self.sites))
+        self.budget = budget
+        self.requests = {site.name: request for site, request in zip(self.sites, requests, strict=True)}
 
     @abstractmethod
-    def reduce(self, site: Site, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+    def reduce(self, site: Site, x: Tensor, attended: Attended, flow: Flow) -> tuple[Tensor, Flow]:
         """Returns fewer tokens and what is now true of them.
 
         Args:
             site: A tokens site.
             x: Residual stream after attention `[B, N, d]`.
-            keys: The attention's keys `[B, h, N, d_head]`, as they meet the queries.
+            attended: The attention's queries and keys, of the same tokens.
             flow: Facts about the tokens.
         """
 

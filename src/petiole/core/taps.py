@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import PluginError
+from .attended import Attended
 from .flow import Flow
 from .here import Here
 from .plugin import Bypass, Plugin, Prompter, Reducer
@@ -119,11 +121,26 @@ class Taps:
             y = y + side_by_side(self.ask(plugin, [site], x, Here(flow, residual)), [site])[0]
         return y
 
-    def tokens(self, name: str, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
-        """Returns the token sequence after the reducers at a tokens site, and what is now true of it."""
+    def tokens(self, name: str, x: Tensor, attended: Attended, flow: Flow) -> tuple[Tensor, Flow]:
+        """Returns the token sequence after the reducers at a tokens site, and what is now true of it.
+
+        Args:
+            name: The tokens site, e.g. `blocks.3.tokens`.
+            x: Residual stream after attention `[B, N, d]`.
+            attended: The attention's queries and keys.
+            flow: Facts about the tokens.
+
+        Raises:
+            PluginError: A second reducer would shorten what the first has shortened.
+        """
         for plugin, site in self.table.get(name, ()):
             assert isinstance(plugin, Reducer)
-            x, flow = plugin.reduce(site, x, keys, flow)
+            if x.shape[1] != attended.keys.shape[2] and plugin.requests[name]:
+                raise PluginError(
+                    f"{type(plugin).__name__} is the second to shorten the sequence at {name}, where attention has "
+                    "not seen what the first left: give each budgets for other blocks, or use one of them"
+                )
+            x, flow = plugin.reduce(site, x, attended, flow)
         return x, flow
 
     def onto(self, plugin: Plugin, sites: Sequence[Site], x: Tensor, y: Tensor, here: Here) -> Tensor:

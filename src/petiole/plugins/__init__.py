@@ -13,6 +13,7 @@ METHODS = {
     "adaptformer": "AdaptFormer",
     "bitfit": "BitFit",
     "convpass": "Convpass",
+    "evit": "EViT",
     "fact": "FacT",
     "full": "Full",
     "layernorm": "LayerNorm",

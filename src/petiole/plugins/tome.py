@@ -7,9 +7,9 @@ x ── attention ── + ──┬── odd and even tokens, matched by keys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from ..core.attended import Attended
 from ..core.flow import Flow
 from ..core.plugin import Reducer
 from ..core.site import Site
@@ -46,13 +46,9 @@ class ToMe(Reducer):
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
         return token_sites(self, sites)
 
-    def build(self, generator: torch.Generator | None) -> None:
-        requests = schedule(self.budget, len(self.sites))
-        self.requests = {site.name: request for site, request in zip(self.sites, requests, strict=True)}
-
-    def reduce(self, site: Site, x: Tensor, keys: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+    def reduce(self, site: Site, x: Tensor, attended: Attended, flow: Flow) -> tuple[Tensor, Flow]:
         count = removed(self.requests[site.name], x.shape[1], flow.num_prefix)
-        merging = match(keys.mean(dim=1), count, flow.num_prefix)
+        merging = match(attended.keys.mean(dim=1), count, flow.num_prefix)
         if merging is None:
             return x, flow
         x, sizes = merge(x, flow.sizes, merging)

@@ -60,4 +60,4 @@ class VPT(Prompter):
         prompts = F.dropout(prompts, self.dropout, self.training)
         num_own = flow.num_prefix - flow.num_prompts
         x = torch.cat([x[:, :num_own], prompts, x[:, flow.num_prefix :]], dim=1)
-        return x, Flow(num_own + self.num_prompts, flow.grid, self.num_prompts)
+        return x, flow.with_prompts(self.num_prompts)
