@@ -69,11 +69,20 @@ class Journal:
         with self.path.open("a") as file:
             file.write(json.dumps({"run": run, "metrics": metrics}) + "\n")
 
+    def __contains__(self, run: Mapping[str, Any]) -> bool:
+        return _key(run) in self.known
+
+    def __getitem__(self, run: Mapping[str, Any]) -> dict[str, float]:
+        return self.known[_key(run)]
+
+    def runs(self) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
+        """Yields every run and its metrics."""
+        return ((json.loads(key), metrics) for key, metrics in self.known.items())
+
     def tests(self, names: Sequence[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
         """Returns run and metrics of every test run, by contestant and task, in the order of their seeds."""
         found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
-        for key, metrics in self.known.items():
-            run = json.loads(key)
+        for run, metrics in self.runs():
             if run["phase"] == "test" and run["method"] in found:
                 found[run["method"]].setdefault(run["task"], []).append(run | metrics)
         return {name: rows for name, rows in found.items() if rows}
@@ -127,18 +136,25 @@ def _once(
     run |= {"phase": "choose" if is_choice else "test", "epochs": epochs, "backbone": args.backbone}
     if contestant.head_bits != 32:
         run["head_bits"] = contestant.head_bits
-    if (key := _key(run)) not in journal.known:
+    if run not in journal:
         # a setting is chosen where the test images cannot be seen at all
         split = dataclasses.replace(task, test=None) if is_choice else task.joined()
-        backbone = pt.backbone(args.backbone)
-        for module in backbone.modules() if args.unfused else ():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
         plugin = method(contestant.method, **settings)
-        model = pt.adapt(backbone, plugin, classes=task.classes, head_bits=contestant.head_bits, seed=seed, prove=False)
+        model = pt.adapt(
+            open_host(args), plugin, classes=task.classes, head_bits=contestant.head_bits, seed=seed, prove=False
+        )
         recipe = pt.Recipe(epochs=epochs, lr=lr, seed=seed, select="last", eval_every=epochs, precision=args.precision)
         journal.add(run, pt.fit(model, split, recipe, progress=False).metrics)
-    return journal.known[key]
+    return journal[run]
+
+
+def open_host(args: argparse.Namespace) -> Any:
+    """Returns the backbone that the options ask for."""
+    backbone = pt.backbone(args.backbone)
+    for module in backbone.modules() if args.unfused else ():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return backbone
 
 
 def parser(text: str | None, contestants: Sequence[str], out: str) -> argparse.ArgumentParser:

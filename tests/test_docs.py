@@ -129,7 +129,7 @@ def test_command_parses(command: str) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_commands_named_in_a_sentence_exist(path: Path) -> None:
-    named = set(re.findall(r"`petiole (\w+)", path.read_text(encoding="utf8")))
+    named = set(re.findall(r"`petiole ([\w-]+)", path.read_text(encoding="utf8")))
     assert named <= set(typer.main.get_command(app).commands)
 
 

@@ -14,10 +14,11 @@ from torch import nn
 import petiole as pt
 from fitting import CLASSES, make_model, make_split, make_task, vit
 from petiole.tasks import Pixels, Split, Transform
-from petiole.train import loop
+from petiole.train import job, loop
 from petiole.train import steps as steps_file
 from petiole.train.evaluate import Scores
 from petiole.train.steps import Steps, schedule
+from petiole.train.world import World
 
 RECIPE = pt.Recipe(epochs=3, batch_size=5, lr=1e-2)
 
@@ -30,7 +31,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def fit(model: pt.Adapted, task: pt.Task, recipe: pt.Recipe = RECIPE, **settings: Any) -> loop.FitResult:
+def fit(model: pt.Adapted, task: pt.Task, recipe: pt.Recipe = RECIPE, **settings: Any) -> pt.FitResult:
     return loop.fit(model, task, recipe, progress=False, **settings)
 
 
@@ -152,7 +153,7 @@ class Scripted:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
     def script(*accuracies: float) -> Scripted:
         told = Scripted(*accuracies)
-        monkeypatch.setattr(loop, "evaluate", told)
+        monkeypatch.setattr(job, "evaluate", told)
         return told
 
     return script
@@ -278,7 +279,7 @@ def test_backbone_is_untouched() -> None:
 
 def test_every_image_is_trained_on_once_an_epoch() -> None:
     model = make_model(pt.Linear())
-    steps = Steps(model, Pixels(make_split(13, 0), Transform(model.input_config)), RECIPE, loop.World("fp32"))
+    steps = Steps(model, Pixels(make_split(13, 0), Transform(model.input_config)), RECIPE, World("fp32"))
     epochs = [sorted(i for step in range(3 * e, 3 * e + 3) for i in steps.batch(step)) for e in range(3)]
     assert epochs == [list(range(13))] * 3
     assert steps.batch(0) != steps.batch(3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import petiole as pt
-from petiole.train.loop import FitResult
+from petiole.train.job import FitResult
 from petiole.train.report import COLUMNS, Entry, write_report
 
 pytest.importorskip("matplotlib")

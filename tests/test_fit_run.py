@@ -16,7 +16,7 @@ import yaml
 
 import petiole as pt
 from fitting import make_model, make_task
-from petiole.train import loop
+from petiole.train import job, loop
 from petiole.train.run import Run
 from petiole.train.steps import Steps
 
@@ -25,7 +25,7 @@ NUM_STEPS = 9
 FILES = ("plugin.safetensors", "metrics.jsonl", "config.yaml")
 
 
-def fit(out: Path, recipe: pt.Recipe = RECIPE, **settings: Any) -> loop.FitResult:
+def fit(out: Path, recipe: pt.Recipe = RECIPE, **settings: Any) -> pt.FitResult:
     """Starts the run afresh in all but its folder, as the same command does."""
     return loop.fit(make_model(), make_task(), recipe, out=out, progress=False, **settings)
 
@@ -156,7 +156,7 @@ def test_finished_run_returns_its_result_without_training(tmp_path: Path, monkey
 
     first, before = fit(tmp_path), contents(tmp_path)
     monkeypatch.setattr(Steps, "take", refuse)
-    monkeypatch.setattr(loop, "evaluate", refuse)
+    monkeypatch.setattr(job, "evaluate", refuse)
     assert fit(tmp_path) == first
     assert contents(tmp_path) == before
 

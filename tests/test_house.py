@@ -27,6 +27,7 @@ LEVELS = (
     ("core",),
     ("plugins", "backbones"),
     ("joining", "files", "tasks"),
+    ("compressing",),
     ("peft", "train"),
     ("cli",),
     ("__main__",),

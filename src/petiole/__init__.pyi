@@ -1,6 +1,8 @@
 """petiole joins small plugins to one large pretrained model."""
 
 from .backbones.bundled import backbone as backbone
+from .compressing import Elastic as Elastic
+from .compressing import compress as compress
 from .core.adapted import Adapted as Adapted
 from .errors import BackboneError as BackboneError
 from .errors import DivergedError as DivergedError
@@ -19,7 +21,6 @@ from .files.hub import pull as pull
 from .files.hub import push as push
 from .joining import adapt as adapt
 from .joining import combine as combine
-from .joining import compress as compress
 from .joining import merge as merge
 from .joining import only as only
 from .joining import quantise as quantise
@@ -40,9 +41,11 @@ from .plugins.tome import ToMe as ToMe
 from .plugins.vpt import VPT as VPT
 from .tasks import Task as Task
 from .tasks import Transform as Transform
+from .tasks import open_images as open_images
 from .tasks import open_task as open_task
+from .train.distilling import distill as distill
 from .train.evaluate import predict as predict
-from .train.loop import FitResult as FitResult
+from .train.job import FitResult as FitResult
 from .train.loop import fit as fit
 from .train.published import recipe as recipe
 from .train.recipe import Recipe as Recipe

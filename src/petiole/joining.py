@@ -7,12 +7,10 @@ from torch import nn
 
 from .backbones import view_of
 from .core.adapted import Adapted
-from .core.plugin import Plugin, Reducer, Tuning
+from .core.plugin import Plugin, Tuning
 from .core.prove import prove_attached, prove_merged, prove_view
 from .errors import PluginError
-from .nn.schedule import Budget
 from .nn.weights import FULL, QuantisedLinear, Weights, copy_weights
-from .plugins.tome import ToMe
 
 
 def adapt(
@@ -70,35 +68,8 @@ def only(model: Adapted, *methods: str) -> Adapted:
     names = [plugin.method for plugin in plugins]
     if unknown := [method for method in methods if method not in names]:
         raise PluginError(f"the model has no plugin {unknown[0]!r}: it has {', '.join(names) or 'none'}")
-    _refuse_tuned(model, "trains the backbone itself, which cannot be taken apart")
-    return _rejoined(model, [plugin.taken() for plugin in plugins if plugin.method in methods])
-
-
-def compress(model: Adapted | nn.Module, budget: Budget = 8, *, proportional: bool = True) -> Adapted:
-    """Returns a model that works on fewer and fewer tokens, with the same plugins and head. Nothing is trained.
-
-    Each block merges its most similar tokens (ToMe). An earlier budget of the model is replaced.
-
-    Args:
-        model: An adapted model, or a backbone with its own classifier.
-        budget: Tokens that each block removes, as `ToMe` takes it; 0 removes none.
-        proportional: Whether attention counts a token as often as the tokens it stands for.
-
-    Raises:
-        BackboneError: No view walks the backbone.
-        PluginError: Tokens cannot go in this backbone, or a plugin of the model needs all of them.
-
-    Example:
-        >>> import petiole as pt
-        >>> model = pt.adapt(pt.backbone("micro"), pt.LoRA(rank=4), classes=["cat", "dog"])
-        >>> fast = pt.compress(model, 4)
-    """
-    merging = ToMe(budget=budget, proportional=proportional)
-    if not isinstance(model, Adapted):
-        return adapt(model, merging)
-    plugins = model.taps.plugins
-    _refuse_tuned(model, "has trained the backbone itself: compress what petiole.merge gives")
-    return _rejoined(model, [*(p.taken() for p in plugins if not isinstance(p, Reducer)), merging])
+    refuse_tuned(model, "trains the backbone itself, which cannot be taken apart")
+    return rejoined(model, [plugin.taken() for plugin in plugins if plugin.method in methods])
 
 
 def quantise(model: Adapted, bits: int | None = None, head_bits: int | None = None) -> Adapted:
@@ -124,9 +95,9 @@ def quantise(model: Adapted, bits: int | None = None, head_bits: int | None = No
         raise PluginError(f"{whole[0]} has no matrices to quantise: leave it as it is, or choose a method with bits")
     if head_bits is not None and model.head is None:
         raise PluginError("the backbone's own classifier answers: there is no head to quantise")
-    _refuse_tuned(model, "has trained the backbone itself: train it with head_bits instead")
+    refuse_tuned(model, "has trained the backbone itself: train it with head_bits instead")
     kept = [p.taken() if bits is None else type(p)(**{**p.settings(), "bits": bits}) for p in plugins]
-    other = _rejoined(model, kept, model.head_bits if head_bits is None else head_bits)
+    other = rejoined(model, kept, model.head_bits if head_bits is None else head_bits)
     for ours, theirs in zip(other.plugins, plugins, strict=True) if bits is not None else ():
         copy_weights(theirs, ours)
     return other
@@ -168,16 +139,18 @@ def merge(model: Adapted) -> nn.Module:
     return plain
 
 
-def _refuse_tuned(model: Adapted, fault: str) -> None:
+def refuse_tuned(model: Adapted, fault: str) -> None:
     """Refuses a model whose own backbone was trained: another model on it would belong to no backbone that is kept."""
     if tuned := [plugin.method for plugin in model.taps.plugins if isinstance(plugin, Tuning)]:
         raise PluginError(f"{tuned[0]} {fault}")
 
 
-def _rejoined(model: Adapted, plugins: Sequence[Plugin], head_bits: int | None = None) -> Adapted:
-    """Returns a model with other plugins, and the head of a model on its backbone."""
+def rejoined(
+    model: Adapted, plugins: Sequence[Plugin], head_bits: int | None = None, backbone: nn.Module | None = None
+) -> Adapted:
+    """Returns a model with other plugins, and the head of a model on its backbone, or on another of its shape."""
     bits = model.head_bits if head_bits is None else head_bits
-    other = Adapted(model.backbone, model.view, plugins, model.classes, head_bits=bits)
+    other = Adapted(backbone or model.backbone, model.view, plugins, model.classes, head_bits=bits)
     other.input_config = dict(model.input_config)
     if model.head is not None and other.head is not None:
         _copy_head(model.head, other.head)

@@ -13,8 +13,12 @@ from ..core.flow import Flow
 from ..core.site import Site
 from ..core.taps import Taps
 from ..errors import BackboneError, MergeError
+from ..nn.attention import with_bias_channel
 from ._parts import at, linear_site, need, plain_linear, run_linear, run_linears
 from ._plain import PlainView
+
+# kernels of this name take no mask that is added to the scores
+MASKLESS = "flash_attention"
 
 
 class HFView(PlainView):
@@ -40,9 +44,9 @@ class HFView(PlainView):
         for role in "qkv":
             need(model, f"{part}.{role}_proj", nn.Linear)
         kernel = at(model, part).config._attn_implementation
-        if kernel not in ("sdpa", "eager"):
+        if kernel not in ("sdpa", "eager") and not kernel.startswith(MASKLESS):
             raise BackboneError(
-                f"{type(model).__name__} attends by {kernel!r}: looked for 'sdpa' or 'eager'; "
+                f"{type(model).__name__} attends by {kernel!r}: looked for 'sdpa', 'eager' or '{MASKLESS}...'; "
                 "load it with attn_implementation='sdpa'"
             )
 
@@ -61,7 +65,11 @@ class HFView(PlainView):
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
         dropout = getattr(attn, self.dropout) if attn.training else 0.0
         bias, scale = None if flow.bias is None else flow.bias.to(q.dtype), getattr(attn, self.scale)
-        y, _ = kernel(attn, q, k, v, bias, dropout=dropout, scaling=scale)
+        if bias is not None and attn.config._attn_implementation.startswith(MASKLESS):
+            y, _ = kernel(attn, *with_bias_channel(q, k, v, bias, scale), None, dropout=dropout, scaling=scale)
+            y = y[..., : attn.head_dim]
+        else:
+            y, _ = kernel(attn, q, k, v, bias, dropout=dropout, scaling=scale)
         proj = at(attn, self.wiring.proj)
         return run_linear(proj, f"{name}.proj", y.flatten(2).contiguous(), taps, flow), Attended(q, k, scale)
 

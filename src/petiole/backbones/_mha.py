@@ -11,6 +11,7 @@ from ..core.flow import Flow
 from ..core.site import Site
 from ..core.taps import Taps
 from ..errors import BackboneError
+from ..nn.attention import attend
 from ._parts import fused_sites, need, split_heads, thirds
 from ._plain import PlainView
 
@@ -41,7 +42,7 @@ class MhaView(PlainView):
         parts = taps.linear(names, x, fused.transpose(0, 1), attn.in_proj_weight, flow)
         q, k, v = (split_heads(t, attn.num_heads) for t in parts)
         bias, dropout = None if flow.bias is None else flow.bias.to(q.dtype), attn.dropout if attn.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        y = attend(q, k, v, bias, dropout)
         y = y.permute(2, 0, 1, 3).flatten(2)
         # `out_proj` is read, not called, as the host does
         out = F.linear(y, attn.out_proj.weight, attn.out_proj.bias).transpose(0, 1)

@@ -15,6 +15,7 @@ from ..core.site import Kind, Site, Slot
 from ..core.taps import Taps
 from ..core.view import View
 from ..errors import MergeError
+from ..nn.attention import attend as attention
 from ._parts import affine_site, fused_sites, linear_site, need, run_linear, run_linears, thirds
 from ._pooling import attention_pool, weighed
 
@@ -141,7 +142,7 @@ def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
         mask = sum(masks[1:], masks[0]) if masks else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y = attention(q, k, v, mask, dropout)
     else:
         scores = (q * attn.scale) @ k.transpose(-2, -1)
         y = attn.attn_drop(sum(masks, scores).softmax(dim=-1)) @ v

@@ -47,6 +47,11 @@ def micro(*, pretrained: bool = True) -> nn.Module:
     return model.eval()
 
 
+def compensator() -> str:
+    """Returns the file of the compensator that this project distilled for `micro`; `petiole/assets/` says how."""
+    return str(resources.files("petiole") / "assets" / "micro_tocom.safetensors")
+
+
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
     import timm
 

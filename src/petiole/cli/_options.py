@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from ..core.adapted import Adapted
     from ..core.plugin import Plugin
+    from ..nn.schedule import Budget
 
 BackboneName = Annotated[
     str,
@@ -100,6 +101,35 @@ def _typed(value: Any, default: Any) -> Any:
     return value
 
 
+def read_budget(name: str, text: str) -> "Budget":
+    """Returns a token budget from what was written: `8`, `0.9`, `8:-1` for a line, `8,8,0,4` for a list by block.
+
+    Raises:
+        PluginError: It is none; says what `name` takes.
+    """
+    from ..errors import PluginError
+    from ..nn.schedule import schedule
+
+    try:
+        if ":" in text:
+            mean, inflection = text.split(":")
+            found: Budget = (int(mean), float(inflection))
+        else:
+            found = [_number(part) for part in text.split(",")] if "," in text else _number(text)
+    except ValueError as error:
+        raise PluginError(
+            f"{name} takes the tokens that each block removes (8), the share it keeps (0.9), a line from many to few "
+            f"(8:-1) or a list by block (8,8,0,4), got {text!r}"
+        ) from error
+    # what is no budget is refused before a backbone is built for it
+    schedule(found, len(found) if isinstance(found, list) else 1)
+    return found
+
+
+def _number(text: str) -> float:
+    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+
+
 def _or(names: list[str]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
@@ -114,3 +144,11 @@ def load_model(file: Path, backbone: str | None) -> "Adapted":
     inspect(file)  # a file that is none should not cost a download
     model = load(file, None if backbone is None else build(backbone))
     return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def leave_processes() -> None:
+    """Takes leave of the other processes, if there are any, which PyTorch asks of every program."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

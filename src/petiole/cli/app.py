@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .compress import compress
 from .convert import convert
 from .demo import demo
+from .distill import distill
 from .doctor import doctor
 from .eval import evaluate
 from .fit import fit
@@ -16,6 +18,7 @@ from .merge import merge
 from .predict import predict
 from .pull import pull
 from .push import push
+from .show_merge import show_merge
 
 # name, command, examples; a paragraph that begins with \b keeps its lines
 _COMMANDS: list[tuple[str, Callable[..., None], str]] = [
@@ -62,6 +65,16 @@ Example:
   petiole merge runs/digits-fact/plugin.safetensors digits.safetensors""",
     ),
     (
+        "compress",
+        compress,
+        """\b
+Examples:
+  petiole compress runs/digits-fact/plugin.safetensors digits --budget 6
+  petiole compress pets.safetensors pets/ --speed-up 1.5 --tocom tocom.safetensors --out fast.safetensors
+  petiole compress pets.safetensors pets/ --budget 8 --budgets 0,4,8,12,16 --plot pets.svg
+  petiole compress vit_base_patch16_224.augreg_in21k --budget 13""",
+    ),
+    (
         "convert",
         convert,
         """\b
@@ -69,6 +82,14 @@ Examples:
   petiole convert pets.safetensors small.safetensors --bits 1 --head-bits 1
   petiole convert pets.safetensors pets-peft
   petiole convert lora/kitti-bit1-dim32.bin kitti.safetensors --backbone vit_base_patch16_224.orig_in21k""",
+    ),
+    (
+        "distill",
+        distill,
+        """\b
+Examples:
+  petiole distill photos/ --backbone deit_base_patch16_224.fb_in1k
+  petiole distill photos/ more.npz --backbone micro --groups 12 --head probe/plugin.safetensors --epochs 5""",
     ),
     (
         "push",
@@ -85,6 +106,15 @@ Examples:
 Examples:
   petiole pull anna/pets --out pets.safetensors
   petiole predict "$(petiole pull anna/pets)" photo.jpg""",
+    ),
+    (
+        "show-merge",
+        show_merge,
+        """\b
+Examples:
+  petiole show-merge cat.jpg
+  petiole show-merge cat.jpg --backbone vit_base_patch16_224.augreg_in21k --budget 16 --blocks 3,6,12
+  petiole show-merge cat.jpg --backbone deit_small_patch16_224 --method evit --budget 0,0,0,0.7,0,0,0.7,0,0,0.7""",
     ),
     (
         "doctor",

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import _recipe as how
-from ._options import AsJson, BackboneName, method_names
+from ._options import AsJson, BackboneName, leave_processes, method_names
 from ._search import GridAxes, IsSearch, SearchEpochs
 
 
@@ -106,7 +106,7 @@ def fit(
         raise typer.Exit(130) from None
     if is_main:
         _tell(type(plugin).__name__, data.name, repr(model), result, folder, as_json, found)
-    _leave_processes()
+    leave_processes()
 
 
 def _tell(method, task, text, result, folder: Path, as_json: bool, found) -> None:  # type: ignore[no-untyped-def]
@@ -128,11 +128,3 @@ def _tell(method, task, text, result, folder: Path, as_json: bool, found) -> Non
     else:
         _show.table(COLUMNS, [row_of(entry)])
     _show.say(f"plugin: {folder / PLUGIN}\n{told}")
-
-
-def _leave_processes() -> None:
-    """Takes leave of the other processes, if there are any, which PyTorch asks of every program."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

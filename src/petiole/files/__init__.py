@@ -2,6 +2,6 @@
 
 from .container import atomic_write
 from .metadata import PluginInfo, TensorInfo, inspect
-from .plugin_file import load, save
+from .plugin_file import load, save, transplant
 
-__all__ = ["PluginInfo", "TensorInfo", "atomic_write", "inspect", "load", "save"]
+__all__ = ["PluginInfo", "TensorInfo", "atomic_write", "inspect", "load", "save", "transplant"]

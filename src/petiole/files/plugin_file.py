@@ -105,6 +105,22 @@ def load(path: str | os.PathLike[str], backbone: nn.Module | None = None, *, che
     return model
 
 
+def transplant(path: str | os.PathLike[str], backbone: nn.Module) -> Adapted:
+    """Returns the plugins of a file on a backbone of the same name and shape, whose weights may have been tuned since.
+
+    Raises:
+        PluginFileError: The file is damaged or foreign, or the backbone is of another name or shape.
+    """
+    tensors, info = open_file(path)
+    view, wanted = view_of(backbone), info.backbone
+    name, kind = view.identify(backbone)["name"], class_name(backbone)
+    if (kind, name) != (wanted["class"], wanted["name"]):
+        raise PluginFileError(f"{info.path} belongs to {wanted['name']} ({wanted['class']}), this is {name} ({kind})")
+    model = _rebuild(info, backbone, view)
+    _fill(model, unpacked(model, unstack(tensors), info.path), info.path)
+    return model.eval()
+
+
 def _moved_buffers(model: Adapted) -> dict[str, Tensor]:
     """Returns the backbone's buffers that training has changed, e.g. running statistics of batch norm."""
     trained = {name for name, _ in model.trained()}

@@ -56,13 +56,22 @@ class ToCom(Delta):
         super().__init__()
         if groups < 1 or dim < 1:
             raise PluginError(f"groups and dim are at least 1, got {groups} and {dim}")
+        self.groups, self.dim, self.scale, self.dropout = groups, dim, scale, dropout
+        self.set_degrees(source, target)
+
+    def set_degrees(self, source: int, target: int) -> None:
+        """Changes the pair of degrees, from the next pass on.
+
+        Raises:
+            PluginError: It was not trained for such a degree.
+        """
         for name, degree in (("source", source), ("target", target)):
-            if not 0 <= degree <= groups:
+            if type(degree) is not int or not 0 <= degree <= self.groups:
                 raise PluginError(
-                    f"the {name} degree lies between 0 and {groups}, for which it is trained; got {degree}"
+                    f"the {name} degree is a whole number from 0 to {self.groups}, for which the compensator is "
+                    f"trained; got {degree!r}"
                 )
-        self.groups, self.dim, self.source, self.target = groups, dim, source, target
-        self.scale, self.dropout = scale, dropout
+        self.source, self.target = source, target
 
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
         return linear_sites(self, sites, ("q", "v"))
@@ -78,10 +87,15 @@ class ToCom(Delta):
         i, here = self.index[site.name], slice((self.groups - high) * self.dim, (self.groups - low) * self.dim)
         return self.down[i][..., here, :], self.up[i][..., here]
 
+    @property
+    def factor(self) -> float:
+        """Factor of the steps between the degrees: negative on the way back."""
+        return self.scale if self.target > self.source else -self.scale
+
     def code(self, site: Site, x: Tensor) -> Tensor:
         """Returns the scaled codes of the steps `[B, N, steps * dim]`."""
         code = F.dropout(x @ self.factors(site)[0].mT, self.dropout, self.training)
-        return code * (self.scale if self.target > self.source else -self.scale)
+        return code * self.factor
 
     def add_group(self, sites: Sequence[Site], x: Tensor, here: Here) -> Sequence[Tensor]:
         return [self.code(site, x) @ self.factors(site)[1].mT for site in sites]
@@ -93,4 +107,13 @@ class ToCom(Delta):
 
     def change(self, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         down, up = self.factors(site)
-        return (self.scale if self.target > self.source else -self.scale) * (up @ down), None
+        return self.factor * (up @ down), None
+
+    def sums(self, site: Site) -> Tensor:
+        """Returns the change of the weight from degree 0 to each `[groups + 1, d_out, d_in]`.
+
+        Any pair of degrees follows: the change from m to n is `sums[n] - sums[m]`.
+        """
+        down, up = (w[self.index[site.name]] for w in (self.down, self.up))
+        steps = torch.einsum("ogh,ghi->goi", up.unflatten(-1, (-1, self.dim)), down.unflatten(-2, (-1, self.dim)))
+        return F.pad(self.scale * steps.flip(0).cumsum(0), (0, 0, 0, 0, 1, 0))

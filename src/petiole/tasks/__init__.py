@@ -16,8 +16,20 @@ from .cache import Pixels
 from .images import load_images, open_image
 from .task import Images, Split, Task
 from .transform import Transform
+from .unlabelled import open_images
 
-__all__ = ["BUILT_IN", "Images", "Pixels", "Split", "Task", "Transform", "load_images", "open_image", "open_task"]
+__all__ = [
+    "BUILT_IN",
+    "Images",
+    "Pixels",
+    "Split",
+    "Task",
+    "Transform",
+    "load_images",
+    "open_image",
+    "open_images",
+    "open_task",
+]
 
 
 def _digits(seed: int) -> Task:

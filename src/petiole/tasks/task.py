@@ -106,7 +106,7 @@ class Task:
         if self.val is None:
             return self
         labels = np.concatenate([self.train.labels, self.val.labels])
-        return replace(self, train=Split(_Joined([self.train.images, self.val.images]), labels), val=None)
+        return replace(self, train=Split(Joined([self.train.images, self.val.images]), labels), val=None)
 
 
 class _Part:
@@ -125,7 +125,7 @@ class _Part:
         return self.images.describe(int(self.indices[index]))
 
 
-class _Joined:
+class Joined:
     """Images of several sources, one after the other."""
 
     def __init__(self, parts: Sequence[Images]) -> None:

@@ -1,5 +1,6 @@
 """Everything that decides the outcome of a run, as plain values."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -33,11 +34,18 @@ def check(model: Adapted, task: Task) -> None:
 
 def configuration(model: Adapted, task: Task, recipe: Recipe) -> dict[str, Any]:
     """Returns what a run is: task, backbone, plugins, transform and recipe."""
+    return configuration_of(
+        model, recipe, {"task": {"name": task.name, "classes": list(task.classes), **_splits(task)}}
+    )
+
+
+def configuration_of(model: Adapted, recipe: Recipe, learnt: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a run is, beside what is learnt: backbone, plugins, transform and recipe."""
     backbone = model.backbone
     weights = fingerprint(model.view.frozen_weights(backbone), model.origin)
     return {
         "petiole": __version__,
-        "task": {"name": task.name, "classes": list(task.classes), **_splits(task)},
+        **learnt,
         "backbone": {**model.view.identify(backbone), "fingerprint": weights[:16]},
         "plugins": [{"method": plugin.method, **plugin.settings()} for plugin in model.taps.plugins],
         "head_bits": model.head_bits,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ..errors import FitError, PluginFileError
 from ..files.container import atomic_write
-from .loop import FitResult
+from .job import FitResult
 from .search_report import candidate_columns, candidate_rows, draw_candidates, numeric_axes
 from .searching import SearchResult
 

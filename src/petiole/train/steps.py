@@ -35,7 +35,6 @@ class Steps:
     """
 
     def __init__(self, model: Adapted, train: Pixels | Augmented, recipe: Recipe, world: World) -> None:
-        assert model.head is not None
         self.model, self.train, self.recipe, self.world = model, train, recipe, world
         # trained tensors, and the buffers that training may move
         self.own = {*model.task_state(), *(f"backbone.{name}" for name in model.origin)}
@@ -45,8 +44,14 @@ class Steps:
         self._seen: dict[Pixels, Tensor] = {}
         self.raw = torch.optim.AdamW([p for _, p in model.trained()], recipe.lr, weight_decay=recipe.weight_decay)
         self.schedule = schedule(self.raw, recipe, self.per_epoch)
-        net: nn.Module = model.head if self.is_head_only else model
-        self.net, self.optimizer = world.prepare(net, self.raw)
+        self.net, self.optimizer = world.prepare(self.network(), self.raw)
+
+    def network(self) -> nn.Module:
+        """Returns the part of the model that a step runs."""
+        if not self.is_head_only:
+            return self.model
+        assert self.model.head is not None
+        return self.model.head
 
     def seen(self, pixels: Pixels) -> Tensor | None:
         """Returns what the head sees, where only the head is trained: the backbone's answers then never change."""
