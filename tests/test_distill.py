@@ -111,7 +111,7 @@ def test_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytes
     whole = make_model()
     distill(whole, out=tmp_path / "whole")
     steps, stopped = [], make_model()
-    take = distilling._Steps.take
+    take = distilling.PairSteps.take
 
     def until(self: Any, step: int) -> Any:
         steps.append(step)
@@ -120,7 +120,7 @@ def test_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytes
         return take(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distilling._Steps, "take", until)
+        patch.setattr(distilling.PairSteps, "take", until)
         with pytest.raises(KeyboardInterrupt):
             distill(stopped, out=tmp_path / "parts", save_every=0)
     again = make_model()

@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import petiole as pt
-from fitting import fit, make_model, make_task, vit
+from fitting import fit, make_model, make_split, make_task, vit
+from petiole.tasks import Pixels, Transform
+from petiole.train.distilling import Pair, PairSteps, distill, parted
 from petiole.train.world import Processes, World, find_world
 
 pytestmark = pytest.mark.slow
@@ -36,6 +38,11 @@ IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 
 
+def make_compensated() -> pt.Adapted:
+    """Returns the tiny ViT with a compensator."""
+    return pt.adapt(vit(), pt.ToCom(groups=2, target=2, dropout=0.0))
+
+
 def both_processes(out: Path) -> None:
     """What each of two processes does; the tests look at what is left in the folder."""
     found: dict[str, Any] = {}
@@ -49,6 +56,9 @@ def both_processes(out: Path) -> None:
         fit(make_model(pt.Linear()), make_task(), RECIPE, out=out / "lora", progress=False)
     except pt.FitError as error:
         found["error"] = str(error)
+    model = make_compensated()
+    result = distill(model, make_split(24, 0), RECIPE, out=out / "tocom", progress=False)
+    found["tocom"] = (dict(model.task_state()), result.metrics)
     result = pt.search(vit(), "fact", make_task(), GRID, RECIPE, out=out)
     found["search"] = [[c.settings, c.val_accuracy, c.failure] for c in (*result.candidates, result.chosen)]
     found["gradients"] = {}
@@ -125,6 +135,25 @@ def test_two_processes_return_a_finished_run(both: Both) -> None:
         (weights, *rest), (again, *others) = found["lora"], found["lora again"]
         assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
         assert rest == others
+
+
+def test_two_processes_distill_by_the_mean_of_their_losses(both: Both) -> None:
+    # each process draws a pair of degrees of its own
+    model, shares = make_compensated(), []
+    pair, transform = Pair(model, None), Transform(model.input_config)
+    for rank in range(2):
+        share = World("fp32")
+        share.rank, share.size = rank, 2
+        shares.append(PairSteps(pair, Pixels(parted(make_split(24, 0), RECIPE.seed)[0], transform), RECIPE, share))
+    lead = shares[0]
+    for step in range(lead.total):
+        lead.schedule.step_update(step)
+        lead.raw.zero_grad()
+        (sum(share.loss(lead.batch(step), step) for share in shares) / 2).backward()
+        lead.raw.step()
+    for weights, metrics in (found["tocom"] for found in both.found):
+        torch.testing.assert_close(weights, dict(model.task_state()), rtol=1e-3, atol=2e-4)
+        assert metrics == both.found[0]["tocom"][1] | {"seconds": metrics["seconds"]}
 
 
 def test_error_of_the_first_process_is_everyones(both: Both) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import petiole as pt
 from models import MODELS
@@ -164,3 +165,16 @@ def test_model_that_pools_by_the_maximum_is_refused() -> None:
     )
     with pytest.raises(pt.PluginError, match="pools by 'max', which has no weights for merged tokens"):
         pt.compress(backbone, 2)
+
+
+@pytest.mark.compile
+def test_each_budget_is_compiled_once() -> None:
+    model = pt.compress(MODELS["vit"]().eval(), r=3)
+    images, counter = model.view.probe(model.backbone), CompileCounter()
+    reducer = model.taps.plugins[0]
+    assert isinstance(reducer, pt.ToMe)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for r, num_compiled in ((3, 1), (3, 1), (2, 2), (3, 2), (2, 2), (1, 3)):
+        reducer.set_budget(r)
+        assert torch.equal(compiled(images), model(images))
+        assert counter.frame_count == num_compiled

@@ -84,10 +84,10 @@ def match(metric: Tensor, num_merged: int, num_protected: int = 1) -> Merging | 
     if num_removed <= 0:
         return None
     first_even, first_odd = num_protected + num_protected % 2, num_protected + 1 - num_protected % 2
-    metric = metric.detach()
+    metric = metric.detach().to(_at_least_float(metric))
     # half precision has too few digits to rank cosines by, also where autocast would choose it
     with _full_precision(metric.device):
-        unit = F.normalize(metric.to(_at_least_float(metric)), dim=-1)
+        unit = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
         best, partner = (unit[:, first_even::2] @ unit[:, first_odd::2].mT).max(dim=-1)
     order = best.argsort(dim=-1, descending=True, stable=True)
     joining, stay = order[:, :num_removed], order[:, num_removed:]
@@ -165,13 +165,14 @@ def merge(x: Tensor, sizes: Tensor | None, merging: Merging) -> tuple[Tensor, Te
     """
     own = torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes.reshape(x.shape[:2])
     own = own.to(_at_least_float(x))
-    total, target = _sums(own, merging), merging.target
-    if merging.weights is None:
-        share = own / total.gather(1, target)
-    else:
-        weights = merging.weights.to(own)
-        share = weights / _sums(weights, merging).gather(1, target)
-    y = _Mean.apply(x, share, merging.kept, merging.removed, merging.into, target)
+    pairs = _Pairs.of(merging)
+    counted = pairs.counts(own)
+    total = own.gather(1, merging.kept).scatter(1, merging.into, counted[2])
+    if merging.weights is not None:
+        counted = pairs.counts(merging.weights.to(own))
+    arguments = (x, counted[0] / counted[2], counted[1] / counted[2], pairs)
+    # without gradients, the wrapper alone would cost as much as a third of the arithmetic of one image
+    y = _Mean.apply(*arguments) if torch.is_grad_enabled() else _Mean.forward(*arguments)
     return y, total if sizes is None else total.reshape(x.shape[0], -1, *sizes.shape[2:])
 
 
@@ -209,12 +210,13 @@ def _at_least_float(x: Tensor) -> torch.dtype:
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Returns a context without autocast, which would take products in half precision."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    kind = device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 def _flat(index: Tensor, length: int) -> Tensor:
-    """Returns indices into rows of all sequences one after another: selecting by those is much faster than `gather`."""
+    """Returns indices into rows of all sequences one after another: much faster than `gather`."""
     return (index + length * torch.arange(index.shape[0], device=index.device).unsqueeze(-1)).flatten()
 
 
@@ -223,39 +225,74 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
 
 
-def _sums(values: Tensor, merging: Merging) -> Tensor:
-    """Returns the sums of values `[B, N]` over the groups `[B, M]`."""
-    joins = merging.into.unsqueeze(1) == torch.arange(merging.num_after, device=values.device).unsqueeze(-1)
-    return values.gather(1, merging.kept) + (joins * values.gather(1, merging.removed).unsqueeze(1)).sum(dim=-1)
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """The R tokens that join another, each beside the one it joins. Most tokens are in no pair, and are only copied.
+
+    Args:
+        merging: Which tokens join which.
+        joined: Positions of the tokens that are joined `[B, R]`; one stands there once for each that joins it.
+        together: Which of the R join the same one, as 0 and 1 `[B, R, R]`.
+        first: Which of them is the first `[B, R]`.
+    """
+
+    merging: Merging
+    joined: Tensor
+    together: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, merging: Merging) -> "_Pairs":
+        together = merging.into.unsqueeze(1) == merging.into.unsqueeze(2)
+        joined = merging.kept.gather(1, merging.into)
+        return cls(merging, joined, together, together.to(torch.uint8).argmax(dim=-1))
+
+    def counts(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what each pair's joined token, its joining one and their whole group count, `[B, R]` each."""
+        own, joining = values.gather(1, self.joined), values.gather(1, self.merging.removed)
+        with _full_precision(values.device):
+            total = own + (self.together.to(values.dtype) @ joining.unsqueeze(-1)).squeeze(-1)
+        # all of a group have the same bits
+        return own, joining, total.gather(1, self.first)
 
 
 class _Mean(torch.autograd.Function):
-    """The sums of `share * x` over the groups `[B, M, d]`, where shares `[B, N]` add up to 1 in each group.
+    """The means `[B, M, d]` of tokens `[B, N, d]`, by the shares of joined and joining tokens in them `[B, R]`.
 
-    Most tokens are alone in their group, and are only copied; the few that are not are summed apart from them. Taken
-    through autograd, that would add three tensors of full size where the gradient is one look-up.
+    Taken through autograd, that would add three tensors of full size where the gradient is one look-up.
     """
 
     @staticmethod
-    def forward(x: Tensor, share: Tensor, kept: Tensor, removed: Tensor, into: Tensor, target: Tensor) -> Tensor:
-        joined = kept.gather(1, into)
-        own, joining = (_rows(x, places) * share.gather(1, places).unsqueeze(-1) for places in (joined, removed))
+    def forward(x: Tensor, own: Tensor, joining: Tensor, pairs: _Pairs) -> Tensor:
+        kept, removed, into = pairs.merging.kept, pairs.merging.removed, pairs.merging.into
+        parts = _rows(x, torch.cat([pairs.joined, removed], dim=1)) * torch.cat([own, joining], dim=1).unsqueeze(-1)
         # tokens that join the same one: each gets the sum of all, and they write the same row
-        together = into.unsqueeze(1) == into.unsqueeze(2)
         with _full_precision(x.device):
-            means = own + together.to(own.dtype) @ joining
-        means = _rows(means, together.to(torch.uint8).argmax(dim=-1)).to(x.dtype)
-        y = _rows(x, kept)
+            means = parts[:, : into.shape[1]] + pairs.together.to(own.dtype) @ parts[:, into.shape[1] :]
+        y, means = _rows(x, kept), _rows(means, pairs.first).to(x.dtype)
         return y.flatten(0, 1).index_copy_(0, _flat(into, y.shape[1]), means.flatten(0, 1)).view_as(y)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, share, *_, target = inputs
-        ctx.save_for_backward(x if share.requires_grad else None, share, target)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, own, joining, pairs = inputs
+        ctx.pairs = pairs
+        ctx.save_for_backward(x if own.requires_grad or joining.requires_grad else None, own, joining)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, share, target = ctx.saved_tensors
-        grad = _rows(grads[0], target)
-        grad_share = None if x is None else (grad.to(share.dtype) * x).sum(dim=-1)
-        return (grad * share.unsqueeze(-1)).to(grad.dtype), grad_share, None, None, None, None
+        x, own, joining = ctx.saved_tensors
+        merging, joined = ctx.pairs.merging, ctx.pairs.joined
+        grad = _rows(grads[0], merging.target)
+        share = torch.ones(grad.shape[:2], dtype=own.dtype, device=own.device)
+        share = share.scatter(1, joined, own).scatter(1, merging.removed, joining).unsqueeze(-1)
+        if x is None:
+            return (grad * share).to(grad.dtype), None, None, None
+        by_share = (grad.to(share.dtype) * x).sum(dim=-1)
+        # of those that join the same token, the first reads its share for all
+        is_first = ctx.pairs.first == torch.arange(joined.shape[1], device=joined.device)
+        return (
+            (grad * share).to(grad.dtype),
+            by_share.gather(1, joined) * is_first,
+            by_share.gather(1, merging.removed),
+            None,
+        )

@@ -48,7 +48,7 @@ class ToMe(Reducer):
 
     def reduce(self, site: Site, x: Tensor, attended: Attended, flow: Flow) -> tuple[Tensor, Flow]:
         count = removed(self.requests[site.name], x.shape[1], flow.num_prefix)
-        merging = match(attended.keys.mean(dim=1), count, flow.num_prefix)
+        merging = match(attended.keys.mean(dim=1), count, flow.num_prefix) if count else None
         if merging is None:
             return x, flow
         x, sizes = merge(x, flow.sizes, merging)

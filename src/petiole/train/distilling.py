@@ -94,13 +94,13 @@ def distill(
     model.set_checkpointing(recipe.checkpoint)
     model.input_config = model.input_config | recipe.input_config(model.view.input_config(model.backbone))
     transform = Transform(model.input_config)
-    train, held_out = _parted(images, recipe.seed)
+    train, held_out = parted(images, recipe.seed)
     seen = read_train(train, transform, recipe, is_shown)
     pixels = read_split("held-out", held_out, transform, is_shown)
     pair = Pair(model, head).to(world.device)
     words = {"images": len(images), "head": head is not None, "loss": pair.kind}
     return carry_out(
-        lambda run, state: _Job(_Steps(pair, seen, recipe, world), {"held_out": pixels}, run, state, save_every),
+        lambda run, state: PairJob(PairSteps(pair, seen, recipe, world), {"held_out": pixels}, run, state, save_every),
         configuration_of(model, recipe, {"distill": words}),
         world,
         None if out is None else Path(out),
@@ -171,7 +171,7 @@ class Pair(nn.Module):
             plugin.source, plugin.target = before
 
 
-class _Steps(Steps):
+class PairSteps(Steps):
     """Steps whose loss is the divergence between two degrees, drawn anew each time."""
 
     def __init__(self, pair: Pair, train: Pixels | Augmented, recipe: Recipe, world: World) -> None:
@@ -193,10 +193,10 @@ class _Steps(Steps):
         return loss * (len(mine) * self.world.size / len(batch))
 
 
-class _Job(Job):
+class PairJob(Job):
     """A run that ends with what the compensator is worth on held-out images."""
 
-    steps: _Steps
+    steps: PairSteps
 
     def score(self, name: str) -> dict[str, float]:
         return {}
@@ -249,7 +249,7 @@ def _check(model: Adapted) -> None:
         )
 
 
-def _parted(images: Split, seed: int) -> tuple[Split, Split]:
+def parted(images: Split, seed: int) -> tuple[Split, Split]:
     """Returns images to train on, and some that are held out."""
     num_held_out = min(NUM_HELD_OUT, round(SHARE_HELD_OUT * len(images)))
     if num_held_out < 1:
