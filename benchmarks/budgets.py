@@ -18,6 +18,7 @@ from typing import Any
 import petiole as pt
 from petiole.tasks import Pixels
 from petiole.train.evaluate import evaluate
+from petiole.train.world import World
 from protocol import GROUPS, SCALES, Journal, mean_and_spread, open_host, parser
 
 SOURCES = (0, 4, 8)
@@ -76,14 +77,14 @@ def train(
 def test(journal: Journal, task: pt.Task, file: Path, run: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Tests a model at every target budget, without and with the compensator."""
     assert task.test is not None
-    model = pt.load(file, pt.backbone(args.backbone), check=False)
+    model, world = pt.load(file, open_host(args), check=False), World(args.precision)
     pixels = Pixels(task.test, pt.Transform(model.input_config))
     for target in map(int, args.targets.split(",")):
         for is_compensated in (False,) if target == run["source"] else (False, True):
             row = {**run, "phase": "test", "target": target, "is_compensated": is_compensated}
             if row not in journal:
                 fast = pt.compress(model, target, compensator=args.compensator if is_compensated else None)
-                journal.add(row, {"accuracy": evaluate(fast.eval(), pixels).accuracy})
+                journal.add(row, {"accuracy": evaluate(fast.eval(), pixels, world).accuracy})
                 print(*row.values(), journal[row], flush=True)
 
 

@@ -28,7 +28,7 @@ LEVELS = (
     ("plugins", "backbones"),
     ("joining", "files", "tasks"),
     ("compressing",),
-    ("peft", "train"),
+    ("peft", "train", "vision_language"),
     ("cli",),
     ("__main__",),
 )
@@ -180,7 +180,8 @@ def test_row_of_the_method_table_agrees_with_its_class(name: str) -> None:
 
 def test_every_method_has_a_file_and_every_file_a_method() -> None:
     files = {path.stem for path in (SRC / "plugins").glob("*.py") if not path.stem.startswith("_")}
-    assert files == set(METHODS)
+    # those of language models fit no backbone of the table
+    assert files - {"memvp"} == set(METHODS)
     assert list(METHODS) == sorted(METHODS)
 
 

@@ -34,6 +34,7 @@ from .plugins.full import Full as Full
 from .plugins.layernorm import LayerNorm as LayerNorm
 from .plugins.linear import Linear as Linear
 from .plugins.lora import LoRA as LoRA
+from .plugins.memvp import MemVP as MemVP
 from .plugins.repadapter import RepAdapter as RepAdapter
 from .plugins.ssf import SSF as SSF
 from .plugins.tocom import ToCom as ToCom
@@ -51,5 +52,7 @@ from .train.published import recipe as recipe
 from .train.recipe import Recipe as Recipe
 from .train.searching import SearchResult as SearchResult
 from .train.searching import search as search
+from .vision_language.sighted import Sighted as Sighted
+from .vision_language.sighted import give_eyes as give_eyes
 
 __version__: str

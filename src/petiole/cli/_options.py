@@ -16,6 +16,8 @@ BackboneName = Annotated[
     str,
     typer.Option("--backbone", "-b", help="`micro` (bundled) or a timm name with its tag"),
 ]
+# the method that joins a language model, which no command knows yet
+FOR_LANGUAGE = "memvp"
 PluginFile = Annotated[Path, typer.Argument(help="Plugin file, e.g. runs/digits/plugin.safetensors", metavar="FILE")]
 OtherBackbone = Annotated[
     str | None, typer.Option("--backbone", "-b", help="Backbone to use instead of building the one the file names")
@@ -30,7 +32,8 @@ def method_names() -> list[str]:
     """Returns the names of the methods, from the files of the plugins: their table would import torch for a help."""
     spec = importlib.util.find_spec("petiole.plugins")
     assert spec is not None
-    return sorted(m.name for m in pkgutil.iter_modules(spec.submodule_search_locations) if not m.name.startswith("_"))
+    names = sorted(m.name for m in pkgutil.iter_modules(spec.submodule_search_locations))
+    return [name for name in names if not name.startswith("_") and name != FOR_LANGUAGE]
 
 
 def build_plugin(method: str, settings: list[str]) -> "Plugin":
