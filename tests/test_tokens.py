@@ -144,6 +144,7 @@ def test_compressing_keeps_plugins_head_and_replaces_an_earlier_budget(tmp_path:
     pt.save(fast, tmp_path / "fast.safetensors")
     again = pt.load(tmp_path / "fast.safetensors", pt.backbone("micro"))
     assert torch.equal(again(images), fast.eval()(images))
+    assert pt.inspect(tmp_path / "fast.safetensors").token_budget == [4, 0, 4]
     assert torch.equal(pt.compress(fast, 0).eval()(images), model.eval()(images))
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import __version__
 from ..core.adapted import Adapted
 from ..core.fingerprint import fingerprint
-from ..core.plugin import Plugin
+from ..core.plugin import Plugin, Reducer
 from ..errors import PetioleError, PluginFileError
+from ..nn.schedule import Budget
 from ..nn.weights import Weights
 from ..plugins import METHODS, method
 from .container import parse, read_bytes
@@ -37,7 +38,7 @@ _SCHEMA: dict[str, type | tuple[type, ...]] = {
     "input_config": dict,
     "classes": (list, type(None)),
     "head": (dict, type(None)),
-    "token_budget": type(None),
+    "token_budget": (int, float, list, type(None)),
     "metrics": dict,
     "notes": str,
     "check": dict,
@@ -71,7 +72,7 @@ class PluginInfo:
         input_config: How images become input: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
         classes: Class names, None where the backbone's own classifier answers.
         head: `in_features`, `out_features` and `bits`, None where the backbone's own classifier answers.
-        token_budget: Always None in schema version 1.
+        token_budget: What the plugin that removes tokens has as its budget, None where there is none.
         metrics: What it reached, by name.
         notes: Free text.
         check: The logits expected on synthetic images: `num_images`, `seed`, `logits`, `tolerance`.
@@ -87,7 +88,7 @@ class PluginInfo:
     input_config: dict[str, Any]
     classes: tuple[str, ...] | None
     head: dict[str, int] | None
-    token_budget: None
+    token_budget: int | float | list[float] | None
     metrics: dict[str, float]
     notes: str
     check: dict[str, Any]
@@ -174,11 +175,15 @@ def describe(model: Adapted, metrics: Mapping[str, float], notes: str, check: di
         "input_config": model.input_config,
         "classes": None if model.classes is None else list(model.classes),
         "head": _describe_head(model),
-        "token_budget": None,
+        "token_budget": next((_plain(p.budget) for p in model.taps.plugins if isinstance(p, Reducer)), None),
         "metrics": {name: float(value) for name, value in metrics.items()},
         "notes": notes,
         "check": check,
     }
+
+
+def _plain(budget: Budget) -> float | list[float]:
+    return budget if isinstance(budget, int | float) else list(budget)
 
 
 def class_name(model: object) -> str:
