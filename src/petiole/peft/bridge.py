@@ -72,7 +72,7 @@ class HostWalk(Taps):
         prove_view(self.view, host)
         self.adapters = nn.ModuleDict()
         self.steps: dict[str, Step] = {}
-        self.num_prefix, self.grid = 0, (0, 0)
+        self.num_prefix, self.has_class, self.grid = 0, False, (0, 0)
         # the patch convolution: what it gives says the grid, also for images of another size
         self.convolution = next(module for module in host.modules() if isinstance(module, nn.Conv2d))
         hook = self.convolution.register_forward_hook(self.see)
@@ -88,7 +88,7 @@ class HostWalk(Taps):
 
     def block(self, name: str, x: Tensor, flow: Flow, run: Step) -> tuple[Tensor, Flow]:
         """Keeps a block's step instead of running it."""
-        self.steps[name], self.num_prefix = run, flow.num_prefix
+        self.steps[name], self.num_prefix, self.has_class = run, flow.num_prefix, flow.has_class
         if self.flow(x) != flow:
             raise PluginError(f"the grid at {name} is {flow.grid}, the host's first convolution gives {self.grid}")
         return x, flow
@@ -124,7 +124,7 @@ class HostWalk(Taps):
         """Returns the facts about tokens `[B, N, d]`, or a map `[B, H, W, d]`; no grid where patches were dropped."""
         grid = self.grid if x.ndim == 3 else (x.shape[1], x.shape[2])
         is_whole = self.num_prefix + grid[0] * grid[1] == x.shape[1:-1].numel()
-        return Flow(self.num_prefix, grid if is_whole else None)
+        return Flow(self.num_prefix, grid if is_whole else None, has_class=self.has_class)
 
     def step(self, name: str, x: Tensor, adapters: list[str], is_checkpointed: bool) -> Tensor:
         """Returns what a block gives with the plugins of some adapters."""
