@@ -1,6 +1,7 @@
 """Distilling a compensator: what a step compares, what is trained, and that a run goes on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,10 @@ def test_command_writes_a_compensator_that_compress_takes(petiole: Command, tmp_
     assert "this run is finished" in petiole(*words).err
     assert "nothing.safetensors" in petiole(*words, "--head", "nothing.safetensors").error
     assert "has no head" in petiole(*words, "--head", "runs/tiny-tocom/plugin.safetensors").error
+
+
+def test_blocks_computed_again_see_the_degrees_of_their_step() -> None:
+    plain, again = make_model(), make_model()
+    for model, checkpoint in ((plain, False), (again, True)):
+        distill(model, replace(RECIPE, checkpoint=checkpoint))
+    torch.testing.assert_close(again.plugins.state_dict(), plain.plugins.state_dict())

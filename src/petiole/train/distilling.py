@@ -164,11 +164,11 @@ class Pair(nn.Module):
         """While it is entered, the compensator goes from one degree to the other."""
         plugin = self.plugin
         before = plugin.source, plugin.target
-        plugin.source, plugin.target = source, target
+        plugin.set_degrees(source, target)
         try:
             yield
         finally:
-            plugin.source, plugin.target = before
+            plugin.set_degrees(*before)
 
 
 class PairSteps(Steps):
@@ -181,25 +181,27 @@ class PairSteps(Steps):
     def network(self) -> nn.Module:
         return self.pair
 
-    def loss(self, batch: list[int], step: int) -> Tensor:
-        mine = batch[self.world.rank :: self.world.size]
-        rows = mine or batch[:1]
-        images, _ = self._inputs(rows, step)
-        # 2: another stream than those of dropout and augmentation; each process draws its own pair
+    def take(self, step: int) -> tuple[float, int]:
+        # for the whole step: what is checkpointed is computed again in the backward pass, at the same degrees
+        with self.pair.between(*self.degrees(step)):
+            return super().take(step)
+
+    def degrees(self, step: int) -> tuple[int, int]:
+        """Returns this process's source and target of a step."""
+        # 2: another stream than those of dropout and augmentation
         generator = np.random.default_rng((self.recipe.seed, step, self.world.rank, 2))
         source, target = generator.choice(self.pair.plugin.groups + 1, size=2, replace=False)
+        return int(source), int(target)
+
+    def mean_loss(self, x: Tensor, labels: Tensor, step: int) -> Tensor:
         with self.world.autocast():
-            loss = self.net(images, int(source), int(target))
-        return loss * (len(mine) * self.world.size / len(batch))
+            return self.net(x, *self.degrees(step))
 
 
 class PairJob(Job):
     """A run that ends with what the compensator is worth on held-out images."""
 
     steps: PairSteps
-
-    def score(self, name: str) -> dict[str, float]:
-        return {}
 
     def finish(self) -> dict[str, float]:
         without, with_it = gaps(self.steps.pair, self.splits["held_out"], self.world)

@@ -94,11 +94,14 @@ class Steps:
         # a process without a share must take part all the same, with weight 0
         rows = mine or batch[:1]
         x, labels = self._inputs(rows, step)
+        return self.mean_loss(x, labels, step) * (len(mine) * self.world.size / len(batch))
+
+    def mean_loss(self, x: Tensor, labels: Tensor, step: int) -> Tensor:
+        """Returns the mean loss of what the trained part sees."""
         with self.world.autocast():
             logits = self.net(x)
         smoothing = self.recipe.label_smoothing
-        loss = F.cross_entropy(logits.float(), labels.to(self.world.device), label_smoothing=smoothing)
-        return loss * (len(mine) * self.world.size / len(batch))
+        return F.cross_entropy(logits.float(), labels.to(self.world.device), label_smoothing=smoothing)
 
     def _inputs(self, rows: list[int], step: int) -> tuple[Tensor, Tensor]:
         """Returns what the trained part sees of these images, and their labels."""
