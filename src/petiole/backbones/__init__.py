@@ -1,6 +1,8 @@
 """One family, one view. The table below is the list of families; a view is imported when a model of it is met."""
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -35,15 +37,29 @@ def view_of(model: nn.Module) -> View:
     Raises:
         BackboneError: No view knows the model's class; lists the classes that are known.
     """
+    view: View = made(model, VIEWS, "no view walks")
+    view.check(model)
+    return view
+
+
+def made(model: nn.Module, views: Mapping[str, tuple[str, str]], fault: str) -> Any:
+    """Returns the view that a table has for a model's class or a base class.
+
+    Args:
+        model: The model.
+        views: Class of the model -> module of its view, class of the view.
+        fault: What is wrong where the table has none, before the name of the class.
+
+    Raises:
+        BackboneError: The table has none; lists the classes it has.
+    """
     for cls in type(model).__mro__:
-        entry = VIEWS.get(f"{cls.__module__}.{cls.__qualname__}")
+        entry = views.get(f"{cls.__module__}.{cls.__qualname__}")
         if entry is not None:
             module, name = entry
-            view = getattr(importlib.import_module(f"{__name__}.{module}"), name)()
-            view.check(model)
-            return view
-    known = "\n  ".join(sorted(VIEWS))
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)()
+    known = "\n  ".join(sorted(views))
     raise BackboneError(
-        f"no view walks {type(model).__module__}.{type(model).__qualname__}: looked for one of these classes "
+        f"{fault} {type(model).__module__}.{type(model).__qualname__}: looked for one of these classes "
         f"or a subclass\n  {known}"
     )

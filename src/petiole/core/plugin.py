@@ -17,6 +17,9 @@ from .flow import Flow
 from .here import Here
 from .site import Site
 
+# deeper than any backbone
+MAX_DEPTH = 1000
+
 
 class Plugin(nn.Module, ABC):
     """Small trainable tensors for some sites of one backbone.
@@ -159,7 +162,12 @@ class Reducer(Plugin):
 
     is_pruning: ClassVar[bool] = False
     """Whether tokens go by what they are worth rather than by which others they resemble."""
-    budget: Budget
+
+    def __init__(self, budget: Budget = 0) -> None:
+        super().__init__()
+        # what is no budget is refused at once, before the depth is known
+        schedule(budget, len(budget) if isinstance(budget, list) else MAX_DEPTH)
+        self.budget = budget
 
     def build(self, generator: torch.Generator | None) -> None:
         """Creates no tensors, and reads the budget."""

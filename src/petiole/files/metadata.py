@@ -14,7 +14,6 @@ from ..core.adapted import Adapted
 from ..core.fingerprint import fingerprint
 from ..core.plugin import Plugin, Reducer
 from ..errors import PetioleError, PluginFileError
-from ..nn.schedule import Budget
 from ..nn.weights import Weights
 from ..plugins import METHODS, method
 from .container import parse, read_bytes
@@ -175,15 +174,11 @@ def describe(model: Adapted, metrics: Mapping[str, float], notes: str, check: di
         "input_config": model.input_config,
         "classes": None if model.classes is None else list(model.classes),
         "head": _describe_head(model),
-        "token_budget": next((_plain(p.budget) for p in model.taps.plugins if isinstance(p, Reducer)), None),
+        "token_budget": next((p.budget for p in model.taps.plugins if isinstance(p, Reducer)), None),
         "metrics": {name: float(value) for name, value in metrics.items()},
         "notes": notes,
         "check": check,
     }
-
-
-def _plain(budget: Budget) -> float | list[float]:
-    return budget if isinstance(budget, int | float) else list(budget)
 
 
 def class_name(model: object) -> str:

@@ -16,11 +16,8 @@ from ..core.plugin import Reducer
 from ..core.site import Site
 from ..errors import PluginError
 from ..nn.matching import merge, prune
-from ..nn.schedule import Budget, removed, schedule
+from ..nn.schedule import Budget, removed
 from ._select import token_sites
-
-# a budget is checked at once, before the depth is known
-MAX_DEPTH = 1000
 
 
 class EViT(Reducer):
@@ -47,9 +44,7 @@ class EViT(Reducer):
     is_pruning = True
 
     def __init__(self, *, budget: Budget = 8) -> None:
-        super().__init__()
-        schedule(budget, len(budget) if isinstance(budget, list) else MAX_DEPTH)
-        self.budget = budget
+        super().__init__(budget)
 
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
         return token_sites(self, sites)

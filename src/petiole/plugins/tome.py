@@ -14,11 +14,8 @@ from ..core.flow import Flow
 from ..core.plugin import Reducer
 from ..core.site import Site
 from ..nn.matching import match, merge
-from ..nn.schedule import Budget, removed, schedule
+from ..nn.schedule import Budget, removed
 from ._select import token_sites
-
-# a budget is checked at once, before the depth is known
-MAX_DEPTH = 1000
 
 
 class ToMe(Reducer):
@@ -39,9 +36,8 @@ class ToMe(Reducer):
     method = "tome"
 
     def __init__(self, *, budget: Budget = 8, proportional: bool = True) -> None:
-        super().__init__()
-        schedule(budget, len(budget) if isinstance(budget, list) else MAX_DEPTH)
-        self.budget, self.proportional = budget, proportional
+        super().__init__(budget)
+        self.proportional = proportional
 
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
         return token_sites(self, sites)

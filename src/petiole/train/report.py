@@ -1,6 +1,5 @@
 """One HTML page about one or several runs: a table, the curves, and accuracy against bytes."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, TypeVar
 
 from ..errors import FitError, PluginFileError
 from ..files.container import atomic_write
+from .figures import svg
 from .job import FitResult
 from .search_report import candidate_columns, candidate_rows, draw_candidates, numeric_axes
 from .searching import SearchResult
@@ -64,9 +64,6 @@ _PAGE = """<!doctype html>
 COLUMNS = (
     "method", "test", "validation", "test, last epoch", "kept epoch", "trained parameters", "file [bytes]", "seconds",
 )  # fmt: skip
-# text stays text, and equal figures give equal bytes
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "petiole"}
-_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 def row_of(entry: Entry) -> tuple[str, ...]:
@@ -162,13 +159,5 @@ def _plain(entry: Entry) -> str:
 
 def _draw(draw: Callable[[Sequence[Any], T], None], data: T, num_axes: int) -> str:
     """Returns a figure as an SVG element."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        draw(figure.subplots(1, num_axes, squeeze=False)[0], data)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    text = buffer.getvalue()
+    text = svg(lambda axes: draw(axes, data), num_axes, (9, 3.2))
     return text[text.index("<svg") :]

@@ -1,6 +1,5 @@
 """What a token budget costs and gives: tokens, operations, measured speed, accuracy; as rows and as a picture."""
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,9 @@ from ..files.container import atomic_write
 from ..nn.schedule import Budget, macs
 from ..tasks.cache import Pixels
 from .evaluate import evaluate
+from .figures import svg
 
 _PLAIN = ("q", "k", "v", "proj", "fc1", "fc2")
-# text stays text, and equal figures give equal bytes
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "petiole"}
-_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 @dataclass(frozen=True)
@@ -198,15 +195,7 @@ def write_plot(path: Path, rows: Sequence[Tradeoff], split: str) -> None:
         PluginFileError: The file cannot be written.
     """
     require_plot()
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        _draw(figure.subplots(), rows, split)
-        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, svg(lambda axes: _draw(axes[0], rows, split), 1, (6, 4)).encode())
 
 
 def _draw(axes: Any, rows: Sequence[Tradeoff], split: str) -> None:
