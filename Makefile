@@ -38,7 +38,7 @@ $(VENV)/.demo-installed: pyproject.toml | $(VENV)/.pip-ready
 
 # `--group` needs pip >= 25.1
 $(VENV)/.test-installed: pyproject.toml | $(VENV)/.pip-ready
-	$(BIN)/python -m pip install --editable '.[data,demo,dist,peft,track,vl]' --group dev
+	$(BIN)/python -m pip install --editable '.[captions,data,demo,dist,metric,peft,track,vl]' --group dev
 	@touch $@
 
 $(VENV)/.pip-ready:

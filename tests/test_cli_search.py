@@ -115,13 +115,13 @@ def test_search_stopped_by_ctrl_c_says_how_to_go_on(petiole: Command, monkeypatc
 
 
 def test_larger_grid_sets_the_earlier_model_aside(petiole: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from petiole.train import job
+    from petiole.train import steps
     from petiole.train.evaluate import Scores
 
     def rates_rank(model: pt.Adapted, pixels: object, world: object, seen: object = None) -> Scores:
         return Scores(model.plugins[0].rank / 10, 0.0, 6)
 
-    monkeypatch.setattr(job, "evaluate", rates_rank)
+    monkeypatch.setattr(steps, "evaluate", rates_rank)
     command = ("fit", "squares", "-s", "scale=1", *SHORT, "--out", "run")
     petiole(*command, "-g", "rank=1,2")
     before = Path("run/plugin.safetensors").read_bytes()

@@ -18,6 +18,7 @@ import torch
 import typer
 from PIL import Image
 
+import asking
 import petiole as pt
 import test_contract
 from contract import DEPTH, WIDTH, Row
@@ -94,6 +95,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def language(folder: Path) -> dict[str, Any]:
+    """What examples of eyes call the reader's own: a tiny language model, its tokenizer and questions."""
+    model = asking.make_language_model()
+    eyes = pt.give_eyes(model, pt.backbone("micro"), pt.MemVP(slots=64), prove=False)
+    pt.save_eyes(eyes, folder / "dots.safetensors")
+    mine = {"language_model": model, "tokenizer": asking.make_tokenizer(), "questions": asking.make_task()}
+    return {**mine, "Image": Image}
+
+
 @needs_micro
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "mark", "text"), RUNNABLE)
@@ -111,7 +121,7 @@ def test_shown_names_exist(path: Path, mark: str, text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "text"), examples())
 def test_example_in_docstring_runs(module: str, text: str, folder: Path) -> None:
-    names = {**vars(importlib.import_module(module)), "pt": pt}
+    names = {**vars(importlib.import_module(module)), "pt": pt, **(language(folder) if "vision" in module else {})}
     for example in doctest.DocTestParser().get_examples(text):
         if example.want:
             assert repr(eval(example.source, names)) == example.want.strip()

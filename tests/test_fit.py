@@ -14,7 +14,7 @@ from torch import nn
 import petiole as pt
 from fitting import CLASSES, make_model, make_split, make_task, vit
 from petiole.tasks import Pixels, Split, Transform
-from petiole.train import job, loop
+from petiole.train import loop
 from petiole.train import steps as steps_file
 from petiole.train.evaluate import Scores
 from petiole.train.steps import Steps, schedule
@@ -153,7 +153,7 @@ class Scripted:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
     def script(*accuracies: float) -> Scripted:
         told = Scripted(*accuracies)
-        monkeypatch.setattr(job, "evaluate", told)
+        monkeypatch.setattr(steps_file, "evaluate", told)
         return told
 
     return script

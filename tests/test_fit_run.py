@@ -16,7 +16,7 @@ import yaml
 
 import petiole as pt
 from fitting import make_model, make_task
-from petiole.train import job, loop
+from petiole.train import loop, steps
 from petiole.train.run import Run
 from petiole.train.steps import Steps
 
@@ -156,7 +156,7 @@ def test_finished_run_returns_its_result_without_training(tmp_path: Path, monkey
 
     first, before = fit(tmp_path), contents(tmp_path)
     monkeypatch.setattr(Steps, "take", refuse)
-    monkeypatch.setattr(job, "evaluate", refuse)
+    monkeypatch.setattr(steps, "evaluate", refuse)
     assert fit(tmp_path) == first
     assert contents(tmp_path) == before
 

@@ -22,15 +22,16 @@ FILES = sorted(SRC.rglob("*.py"))
 
 # the levels of the house, from the ground up; a package imports from lower levels only, and never from its own level
 LEVELS = (
-    ("errors",),
+    ("errors", "lazy"),
     ("nn",),
     ("core",),
     ("plugins", "backbones"),
     ("joining", "files", "tasks"),
     ("compressing",),
-    ("peft", "train", "vision_language"),
+    ("peft", "train"),
+    ("continual", "vision_language"),
     ("cli",),
-    ("__main__",),
+    ("__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # what `import petiole` must not cost
@@ -41,6 +42,7 @@ HEAVY = (
     "matplotlib",
     "numpy",
     "peft",
+    "pytorch_metric_learning",
     "rich",
     "timm",
     "torch",

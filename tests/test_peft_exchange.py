@@ -91,7 +91,8 @@ def probe(model: pt.Adapted) -> Tensor:
 
 
 def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+    # the bar is absolute; where logits are larger, so is their rounding
+    assert float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

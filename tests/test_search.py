@@ -18,7 +18,7 @@ from fitting import CLASSES, adapt, fit, make_split, make_task, vit
 from petiole import joining
 from petiole.plugins import METHODS, method
 from petiole.tasks import Split
-from petiole.train import job
+from petiole.train import steps as steps_file
 from petiole.train.evaluate import Scores
 from petiole.train.grids import GRIDS, RECIPE_AXES, combinations, known_axes, papers_grid, slug, words
 from petiole.train.record import Candidate, Record, make_room
@@ -94,13 +94,13 @@ def test_plugin_has_the_chosen_settings_and_serves_one_model_each() -> None:
 
 
 def test_of_equal_candidates_the_smallest_is_chosen_then_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "evaluate", lambda model, pixels, world, seen=None: Scores(0.5, 0.5, 6))
+    monkeypatch.setattr(steps_file, "evaluate", lambda model, pixels, world, seen=None: Scores(0.5, 0.5, 6))
     assert find().chosen.settings == {"rank": 1, "scale": 1.0}
 
 
 def test_candidate_is_scored_once_after_its_last_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.25, 0.75])
-    monkeypatch.setattr(job, "evaluate", lambda model, pixels, world, seen=None: Scores(next(scores), 0, 6))
+    monkeypatch.setattr(steps_file, "evaluate", lambda model, pixels, world, seen=None: Scores(next(scores), 0, 6))
     found = find(RANKS, recipe=replace(RECIPE, epochs=4, select="best", eval_every=1))
     assert [candidate.val_accuracy for candidate in found.candidates] == [0.25, 0.75]
     assert (found.recipe.epochs, found.recipe.select, found.recipe.eval_every) == (4, "best", 1)

@@ -1,7 +1,6 @@
 """petiole joins small plugins to one large pretrained model."""
 
-import importlib
-from typing import Any
+from .lazy import resolver
 
 __version__ = "0.1.0"
 
@@ -16,6 +15,7 @@ _PUBLIC = {
     "DivergedError": "errors",
     "EViT": "plugins.evit",
     "Elastic": "compressing",
+    "EyesInfo": "vision_language.eyes_info",
     "FacT": "plugins.fact",
     "FitError": "errors",
     "FitResult": "train.job",
@@ -30,6 +30,8 @@ _PUBLIC = {
     "PluginFileError": "errors",
     "PluginInfo": "files",
     "ProofError": "errors",
+    "Question": "tasks.questions",
+    "QuestionTask": "tasks.questions",
     "Recipe": "train.recipe",
     "RepAdapter": "plugins.repadapter",
     "SSF": "plugins.ssf",
@@ -42,17 +44,23 @@ _PUBLIC = {
     "Transform": "tasks",
     "VPT": "plugins.vpt",
     "adapt": "joining",
+    "answer": "vision_language.answering",
+    "answer_recipe": "vision_language.learning",
     "backbone": "backbones.bundled",
     "combine": "joining",
     "compress": "compressing",
     "distill": "train.distilling",
     "fit": "train.loop",
+    "fit_answers": "vision_language.learning",
     "give_eyes": "vision_language.sighted",
     "inspect": "files",
+    "inspect_eyes": "vision_language.eyes_info",
     "load": "files",
+    "load_eyes": "vision_language.eyes_file",
     "merge": "joining",
     "only": "joining",
     "open_images": "tasks",
+    "open_questions": "tasks.questions",
     "open_task": "tasks",
     "predict": "train.evaluate",
     "pull": "files.hub",
@@ -60,18 +68,12 @@ _PUBLIC = {
     "quantise": "joining",
     "recipe": "train.published",
     "save": "files",
+    "save_eyes": "vision_language.eyes_file",
     "search": "train.searching",
 }
 
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = resolver(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

@@ -44,6 +44,9 @@ from .tasks import Task as Task
 from .tasks import Transform as Transform
 from .tasks import open_images as open_images
 from .tasks import open_task as open_task
+from .tasks.questions import Question as Question
+from .tasks.questions import QuestionTask as QuestionTask
+from .tasks.questions import open_questions as open_questions
 from .train.distilling import distill as distill
 from .train.evaluate import predict as predict
 from .train.job import FitResult as FitResult
@@ -52,6 +55,13 @@ from .train.published import recipe as recipe
 from .train.recipe import Recipe as Recipe
 from .train.searching import SearchResult as SearchResult
 from .train.searching import search as search
+from .vision_language.answering import answer as answer
+from .vision_language.eyes_file import load_eyes as load_eyes
+from .vision_language.eyes_file import save_eyes as save_eyes
+from .vision_language.eyes_info import EyesInfo as EyesInfo
+from .vision_language.eyes_info import inspect_eyes as inspect_eyes
+from .vision_language.learning import answer_recipe as answer_recipe
+from .vision_language.learning import fit_answers as fit_answers
 from .vision_language.sighted import Sighted as Sighted
 from .vision_language.sighted import give_eyes as give_eyes
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +12,14 @@ if TYPE_CHECKING:
     from ..core.adapted import Adapted
     from ..core.plugin import Plugin
     from ..nn.schedule import Budget
+    from ..tasks.questions import QuestionTask
+    from ..tasks.task import Task
 
 BackboneName = Annotated[
     str,
     typer.Option("--backbone", "-b", help="`micro` (bundled) or a timm name with its tag"),
 ]
-# the method that joins a language model, which no command knows yet
+# the method that joins a language model, which `petiole vqa` alone knows
 FOR_LANGUAGE = "memvp"
 PluginFile = Annotated[Path, typer.Argument(help="Plugin file, e.g. runs/digits/plugin.safetensors", metavar="FILE")]
 OtherBackbone = Annotated[
@@ -58,7 +61,24 @@ def read_settings(method: str, settings: list[str]) -> dict[str, Any]:
 
     if method not in METHODS:
         raise PluginError(f"no method is called {method!r}{nearest(method, METHODS)}: choose {_or(list(METHODS))}")
-    defaults = settings_of(method)
+    return read_words(method, settings, settings_of(method))
+
+
+def defaults_of(plugin: "type[Plugin]") -> dict[str, Any]:
+    """Returns the settings of a plugin's class, with their defaults."""
+    import inspect
+
+    return {key: parameter.default for key, parameter in inspect.signature(plugin).parameters.items()}
+
+
+def read_words(method: str, settings: list[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings from `key=value` words, each as the type of its default.
+
+    Raises:
+        PluginError: A setting that the method does not have, or a value that it cannot take.
+    """
+    from ..errors import PluginError, nearest
+
     values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -155,3 +175,21 @@ def leave_processes() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def part_of(task: "Task | QuestionTask", split: str) -> Any:
+    """Returns a split of a task, its images or its questions.
+
+    Raises:
+        TaskError: There is no such split.
+    """
+    from ..errors import TaskError, nearest
+
+    splits = ("train", "val", "test")
+    if split not in splits:
+        raise TaskError(f"no split is called {split!r}{nearest(split, splits)}: choose train, val or test")
+    found = getattr(task, split)
+    if found is None:
+        has = [name for name in splits if getattr(task, name) is not None]
+        raise TaskError(f"{task.name} has no {split} split: choose {' or '.join(has)}")
+    return found

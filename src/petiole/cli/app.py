@@ -19,6 +19,7 @@ from .predict import predict
 from .pull import pull
 from .push import push
 from .show_merge import show_merge
+from .vqa import vqa
 
 # name, command, examples; a paragraph that begins with \b keeps its lines
 _COMMANDS: list[tuple[str, Callable[..., None], str]] = [
@@ -148,6 +149,7 @@ Examples:
 )
 for _name, _command, _examples in _COMMANDS:
     app.command(_name, epilog=_examples)(_command)
+app.add_typer(vqa, name="vqa")
 
 
 def _version(is_wanted: bool) -> None:

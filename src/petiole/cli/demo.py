@@ -41,8 +41,9 @@ def demo(
     from ..plugins import method
     from ..tasks import open_task
     from ..train.loop import fit
+    from ..train.page import require
     from ..train.recipe import Recipe
-    from ..train.report import COLUMNS, Entry, require, row_of, write_report
+    from ..train.report import COLUMNS, Entry, row_of, write_report
     from ..train.run import PLUGIN, REPORT
     from . import _show
 

@@ -1,6 +1,5 @@
 """`petiole distill`: train a compensator between token budgets from unlabelled images."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 
 from . import _recipe as how
 from ._options import AsJson, BackboneName, leave_processes
+from ._run import goes_on, is_main
 
 
 def distill(
@@ -65,16 +65,11 @@ def distill(
     if head is not None and probe is None:
         raise FitError(f"{head} has no head of its own: pass the file of a model that was trained with classes")
     model, folder = adapt(host, plugin), out or Path("runs") / f"{backbone.replace('/', '-')}-tocom"
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main:
+    if is_main():
         _show.say(f"{model}: {len(images)} images, {num_trained(model):,} trained parameters, into {folder}")
-    try:
+    with goes_on(folder):
         result = train(model, images, recipe, head=probe, out=folder, save_every=save_every)
-    except KeyboardInterrupt:
-        if is_main:
-            _show.say(f"stopped: the same command goes on from the state in {folder}")
-        raise typer.Exit(130) from None
-    if is_main:
+    if is_main():
         metrics, file = result.metrics, folder / PLUGIN
         if as_json:
             _show.as_json({**metrics, "num_bytes": file.stat().st_size, "file": str(file)})

@@ -18,7 +18,6 @@ def evaluate(
     """Score a plugin file on one split of a task."""
     from dataclasses import asdict
 
-    from ..errors import TaskError, nearest
     from ..files import inspect
     from ..tasks import open_task
     from ..tasks.cache import Pixels
@@ -27,17 +26,11 @@ def evaluate(
     from ..train.evaluate import evaluate as score
     from ..train.progress import Progress
     from . import _show
-    from ._options import load_model
+    from ._options import load_model, part_of
 
     inspect(file)
-    splits = ("train", "val", "test")
-    if split not in splits:
-        raise TaskError(f"no split is called {split!r}{nearest(split, splits)}: choose train, val or test")
     data = open_task(task, seed=seed)
-    images = getattr(data, split)
-    if images is None:
-        has = [name for name in splits if getattr(data, name) is not None]
-        raise TaskError(f"{data.name} has no {split} split: choose {' or '.join(has)}")
+    images = part_of(data, split)
     model = load_model(file, backbone)
     check(model, data)
     with Progress("reading images", len(images), is_aside=True) as bar:

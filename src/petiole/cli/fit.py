@@ -1,6 +1,5 @@
 """`petiole fit`: adapt a backbone to a task."""
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ import typer
 
 from . import _recipe as how
 from ._options import AsJson, BackboneName, leave_processes, method_names
+from ._run import goes_on, is_main
 from ._search import GridAxes, IsSearch, SearchEpochs
 
 
@@ -87,24 +87,19 @@ def fit(
     host, found = build(backbone), None
     bits = head_bits if head_bits is not None else find(published).head_bits if published else FULL
     folder = out or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{data.name}-{published or method}")
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
+    with goes_on(folder):
         if axes is not None:
             found = choose(host, method, data, axes, recipe, folder, search_epochs, bits, save_every, not as_json)
             plugin, recipe = found.plugin(), found.recipe
         model = adapt(host, plugin, classes=data.classes, head_bits=bits, seed=recipe.seed)
-        if is_main:
+        if is_main():
             images = data.joined().train if recipe.train_on == "train+val" else data.train
             about = f"{len(images)} images, {num_trained(model):,} trained parameters"
             _show.say(f"{model} on {data.name}: {about}, into {folder}")
             if published:
                 _show.say(find(published).about(task or data.name))
         result = train(model, data, recipe, out=folder, tensorboard=tensorboard, save_every=save_every)
-    except KeyboardInterrupt:
-        if is_main:
-            _show.say(f"stopped: the same command goes on from the state in {folder}")
-        raise typer.Exit(130) from None
-    if is_main:
+    if is_main():
         _tell(type(plugin).__name__, data.name, repr(model), result, folder, as_json, found)
     leave_processes()
 

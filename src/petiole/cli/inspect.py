@@ -1,16 +1,28 @@
 """`petiole inspect`: say what a plugin file says."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ._options import AsJson, PluginFile
 
 if TYPE_CHECKING:
-    from ..files import PluginInfo
+    from ..files import PluginInfo, TensorInfo
     from ..files.ladder import Step
+    from ..vision_language.eyes_info import EyesInfo
 
 
 def inspect(file: PluginFile, as_json: AsJson = False) -> None:
     """Print everything a plugin file says, with sizes."""
+    from ..files.metadata import kind_of
+
+    if kind_of(file) is None:
+        _inspect_classifier(file, as_json)
+    else:
+        _inspect_eyes(file, as_json)
+
+
+def _inspect_classifier(file: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from ..files import inspect as read
@@ -23,11 +35,32 @@ def inspect(file: PluginFile, as_json: AsJson = False) -> None:
         _show.as_json({**asdict(info), "overhead_bytes": info.overhead_bytes, "ladder": sizes})
         return
     _show.facts(_facts(info))
-    rows = [(t.name, t.dtype, " x ".join(map(str, t.shape)), f"{t.num_bytes:,}") for t in info.tensors]
-    rows.append((f"{len(rows)} tensors", "", "", f"{info.total_bytes - info.overhead_bytes:,}"))
-    _show.table(("tensor", "dtype", "shape", "bytes"), rows)
+    _show_tensors(info.tensors)
     if steps := ladder(info):
         _show.table(("at bits a weight", "plugin bytes", "head bytes"), [_row(step) for step in steps])
+
+
+def _inspect_eyes(file: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ..vision_language.eyes_info import inspect_eyes
+    from . import _show
+
+    info = inspect_eyes(file)
+    if as_json:
+        _show.as_json({**asdict(info), "overhead_bytes": info.overhead_bytes})
+        return
+    _show.facts(_eyes_facts(info))
+    _show_tensors(info.tensors)
+
+
+def _show_tensors(tensors: Iterable["TensorInfo"]) -> None:
+    from . import _show
+
+    tensors = list(tensors)
+    rows = [(t.name, t.dtype, " x ".join(map(str, t.shape)), f"{t.num_bytes:,}") for t in tensors]
+    rows.append((f"{len(rows)} tensors", "", "", f"{sum(t.num_bytes for t in tensors):,}"))
+    _show.table(("tensor", "dtype", "shape", "bytes"), rows)
 
 
 def _row(step: "Step") -> tuple[str, str, str]:
@@ -36,25 +69,65 @@ def _row(step: "Step") -> tuple[str, str, str]:
 
 
 def _facts(info: "PluginInfo") -> list[tuple[str, str]]:
-    from . import _show
-
-    own, head, backbone = "the backbone's own", info.head, info.backbone
-    name = ".".join(filter(None, (backbone["name"], backbone["tag"])))
-    facts = [
-        ("file", f"{info.path}, {_show.size(info.total_bytes)} ({_show.size(info.overhead_bytes)} of it overhead)")
-    ]
-    for plugin in info.plugins:
-        settings = ", ".join(f"{key}={value}" for key, value in plugin["settings"].items())
-        facts.append(("plugin", f"{plugin['method']}({settings}){_bits(plugin['settings'].get('bits', 32))}"))
+    own, head = "the backbone's own", info.head
     return [
-        *facts,
-        ("backbone", f"{name} ({backbone['class']}, width {backbone['width']}, {backbone['dtype']})"),
-        ("fingerprint", backbone["fingerprint"]),
-        ("transform", ", ".join(f"{key} {value}" for key, value in info.input_config.items())),
+        _file(info),
+        *(("plugin", _plugin(plugin)) for plugin in info.plugins),
+        ("backbone", _backbone(info.backbone)),
+        ("fingerprint", info.backbone["fingerprint"]),
+        ("transform", _transform(info.input_config)),
         ("classes", own if info.classes is None else f"{len(info.classes)}: {', '.join(info.classes)}"),
         ("head", own if head is None else f"{head['in_features']} x {head['out_features']}{_bits(head['bits'])}"),
         ("token budget", "full" if info.token_budget is None else str(info.token_budget)),
         ("check", f"{info.check['num_images']} synthetic image(s), tolerance {info.check['tolerance']:g}"),
+        *_rest(info),
+    ]
+
+
+def _eyes_facts(info: "EyesInfo") -> list[tuple[str, str]]:
+    model, eyes = info.language_model, info.eyes
+    width = f"width {model['width']}, {model['dtype']}"
+    facts = [
+        _file(info),
+        ("plugin", _plugin(info.plugin)),
+        ("language model", f"{model['name']} ({model['class']}, {width})".lstrip()),
+        ("fingerprint", model["fingerprint"]),
+        ("template", repr(info.template)),
+    ]
+    if eyes is None or info.input_config is None:
+        facts.append(("eyes", f"none: features of width {info.d_image} are given"))
+    else:
+        facts += [
+            ("eyes", f"{_backbone(eyes)}, block {eyes['block']}"),
+            *(("eyes' plugin", _plugin(plugin)) for plugin in eyes["plugins"]),
+            ("eyes' fingerprint", eyes["fingerprint"]),
+            ("transform", _transform(info.input_config)),
+        ]
+    return [*facts, ("check", f"features and logits, tolerance {info.check['tolerance']:g}"), *_rest(info)]
+
+
+def _file(info: "PluginInfo | EyesInfo") -> tuple[str, str]:
+    from . import _show
+
+    return "file", f"{info.path}, {_show.size(info.total_bytes)} ({_show.size(info.overhead_bytes)} of it overhead)"
+
+
+def _plugin(entry: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key}={value}" for key, value in entry["settings"].items())
+    return f"{entry['method']}({settings}){_bits(entry['settings'].get('bits', 32))}"
+
+
+def _backbone(entry: Mapping[str, Any]) -> str:
+    name = ".".join(filter(None, (entry["name"], entry["tag"])))
+    return f"{name} ({entry['class']}, width {entry['width']}, {entry['dtype']})"
+
+
+def _transform(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in config.items())
+
+
+def _rest(info: "PluginInfo | EyesInfo") -> list[tuple[str, str]]:
+    return [
         *((f"metric {key}", f"{value:.10g}") for key, value in info.metrics.items()),
         ("notes", info.notes or "none"),
         ("written by", f"petiole {info.petiole}, schema version {info.schema_version}"),

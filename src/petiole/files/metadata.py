@@ -1,7 +1,5 @@
 """What a plugin file says about itself, and the strict reading of it."""
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +9,21 @@ from torch import Tensor
 
 from .. import __version__
 from ..core.adapted import Adapted
-from ..core.fingerprint import fingerprint
-from ..core.plugin import Plugin, Reducer
-from ..errors import PetioleError, PluginFileError
-from ..nn.weights import Weights
-from ..plugins import METHODS, method
+from ..core.plugin import Reducer
+from ..errors import PluginFileError
 from .container import parse, read_bytes
+from .description import (
+    Kinds,
+    TensorInfo,
+    check_entries,
+    check_fields,
+    check_version,
+    describe_backbone,
+    describe_metrics,
+    describe_plugin,
+    read_input_config,
+    tensor_table,
+)
 
 SCHEMA_VERSION = 1
 # Images of the check: its forward pass is most of what saving and loading cost, and a second one would add nothing.
@@ -24,7 +31,7 @@ NUM_IMAGES = 1
 _MAX_IMAGES = 16
 
 # key -> what it must be; keys of nested objects after a dot
-_SCHEMA: dict[str, type | tuple[type, ...]] = {
+_SCHEMA: dict[str, Kinds] = {
     "petiole": str,
     "plugins": list,
     "backbone": dict,
@@ -46,16 +53,6 @@ _SCHEMA: dict[str, type | tuple[type, ...]] = {
     "check.logits": list,
     "check.tolerance": float,
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a plugin file: its name, dtype as torch calls it, shape and size."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,16 @@ def inspect(path: str | os.PathLike[str]) -> PluginInfo:
     return open_file(path)[1]
 
 
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Returns what a file of petiole holds where that is no classifier, e.g. `eyes`; None for a classifier.
+
+    Raises:
+        PluginFileError: The file cannot be read, is damaged or foreign.
+    """
+    kind = parse(read_bytes(path), os.fspath(path))[1].get("kind")
+    return None if kind is None else str(kind)
+
+
 def open_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], PluginInfo]:
     """Returns tensors and metadata of a plugin file.
 
@@ -126,20 +133,20 @@ def open_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], PluginIn
     """
     where, data = os.fspath(path), read_bytes(path)
     tensors, info = parse(data, where)
+    if "kind" in info:
+        raise PluginFileError(
+            f"{where} is no classifier's plugin file, it holds {info['kind']!r}: eyes of a language model are loaded "
+            "by petiole.load_eyes and used by `petiole vqa`"
+        )
     _validate(info, where)
-    table = tuple(
-        TensorInfo(name, dtype_name(t.dtype), tuple(t.shape), t.numel() * t.element_size())
-        for name, t in sorted(tensors.items())
-    )
     return tensors, PluginInfo(
         path=where,
         schema_version=SCHEMA_VERSION,
         plugins=tuple(info["plugins"]),
         classes=None if info["classes"] is None else tuple(info["classes"]),
-        # transforms are compared with and given to timm, which has tuples
-        input_config={key: tuple(v) if isinstance(v, list) else v for key, v in info["input_config"].items()},
+        input_config=read_input_config(info["input_config"]),
         **{key: info[key] for key in ("petiole", "backbone", "head", "token_budget", "metrics", "notes", "check")},
-        tensors=table,
+        tensors=tensor_table(tensors),
         total_bytes=len(data),
     )
 
@@ -156,39 +163,19 @@ def describe(model: Adapted, metrics: Mapping[str, float], notes: str, check: di
     Raises:
         PluginFileError: A plugin is no method of the table, or its settings or a metric cannot be kept.
     """
-    backbone, view = model.backbone, model.view
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise PluginFileError(f"the metric {name} is {value}: leave it out, or give a finite number")
     return {
         "schema_version": SCHEMA_VERSION,
         "petiole": __version__,
-        "plugins": [_describe_plugin(plugin) for plugin in model.taps.plugins],
-        "backbone": {
-            "class": class_name(backbone),
-            **view.identify(backbone),
-            "dtype": dtype_name(next(backbone.parameters()).dtype),
-            "fingerprint": fingerprint(view.frozen_weights(backbone), model.origin),
-            "width": view.num_features(backbone),
-        },
+        "plugins": [describe_plugin(plugin) for plugin in model.taps.plugins],
+        "backbone": describe_backbone(model),
         "input_config": model.input_config,
         "classes": None if model.classes is None else list(model.classes),
         "head": _describe_head(model),
         "token_budget": next((p.budget for p in model.taps.plugins if isinstance(p, Reducer)), None),
-        "metrics": {name: float(value) for name, value in metrics.items()},
+        "metrics": describe_metrics(metrics),
         "notes": notes,
         "check": check,
     }
-
-
-def class_name(model: object) -> str:
-    """Returns module and name of a model's class."""
-    return f"{type(model).__module__}.{type(model).__qualname__}"
-
-
-def dtype_name(dtype: object) -> str:
-    """Returns a dtype without its library, e.g. `float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _describe_head(model: Adapted) -> dict[str, int] | None:
@@ -201,58 +188,15 @@ def _describe_head(model: Adapted) -> dict[str, int] | None:
     }
 
 
-def _describe_plugin(plugin: Plugin) -> dict[str, Any]:
-    """Returns method and settings of a plugin, after making an equal one from them as `load` will."""
-    cls, name = type(plugin), getattr(plugin, "method", None)
-    if METHODS.get(str(name)) != cls.__name__:
-        raise PluginFileError(
-            f"{cls.__name__} cannot be saved: its method {name!r} is not in the table of methods, so no file could be "
-            f"loaded again. Put it in petiole/plugins/<method>.py and add a line to petiole.plugins.METHODS"
-        )
-    try:
-        settings = json.loads(json.dumps(plugin.settings(), allow_nan=False))
-        again = method(str(name), **settings)
-        kept = json.loads(json.dumps(again.settings())) == settings
-    except (TypeError, ValueError, PetioleError) as error:
-        raise PluginFileError(f"the settings of {cls.__name__} cannot be kept in a file: {error}") from error
-    if type(again) is not cls or not kept:
-        raise PluginFileError(
-            f"{cls.__name__} made again from its settings {settings} is another plugin: {again.settings()}"
-        )
-    weights = [m for m in plugin.modules() if isinstance(m, Weights)]
-    return {
-        "method": name,
-        "settings": settings,
-        "num_weights": sum(p.numel() for w in weights for p in w.parameters()),
-        "num_matrices": sum(w.num_matrices for w in weights),
-    }
-
-
 def _validate(info: dict[str, Any], where: str) -> None:
-    """Checks metadata against the schema.
+    """Checks a classifier's metadata.
 
     Raises:
-        PluginFileError: Another version, or a field that is absent or of another type.
+        PluginFileError: Another version, or a field that is absent, of another type or contradicts another.
     """
-    version = info.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
-        advice = "upgrade petiole" if isinstance(version, int) and version > SCHEMA_VERSION else "save it again"
-        raise PluginFileError(
-            f"{where} has schema version {version!r}, petiole {__version__} reads version {SCHEMA_VERSION}: {advice}"
-        )
-    for key, kinds in _SCHEMA.items():
-        value: Any = info
-        for part in key.split("."):
-            value = value.get(part, ...)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-            found = "nothing" if value is ... else repr(value)[:40]
-            raise PluginFileError(f"{where}: the metadata `{key}` should be {wanted}, found {found}")
-    for entry in info["plugins"]:
-        if not (isinstance(entry, dict) and entry.get("method") in METHODS and isinstance(entry.get("settings"), dict)):
-            raise PluginFileError(
-                f"{where} needs the plugin {str(entry)[:80]}; this petiole has the methods {', '.join(METHODS)}"
-            )
+    check_version(info, SCHEMA_VERSION, where)
+    check_fields(info, _SCHEMA, where)
+    check_entries(info["plugins"], where)
     _validate_answers(info, where)
 
 

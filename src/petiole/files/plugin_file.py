@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,23 +10,23 @@ from torch import Tensor, nn
 
 from ..backbones import view_of
 from ..core.adapted import Adapted
-from ..core.fingerprint import digest, fingerprint
 from ..core.prove import eval_mode
 from ..core.view import View
-from ..errors import BackboneError, PetioleError, PluginFileError
+from ..errors import PetioleError, PluginFileError
 from ..nn.weights import FULL
 from ..plugins import method
 from .codes import packed, unpacked
 from .container import one_line, write
-from .metadata import NUM_IMAGES, PluginInfo, class_name, describe, dtype_name, open_file
+from .description import class_name
+from .hosts import build_backbone, match_backbone
+from .metadata import NUM_IMAGES, PluginInfo, describe, open_file
 from .stacking import stack, unstack
+from .state import check_finite, fill, own_tensors
 
 # Relative error of the check's logits per dtype: other kernels and machines round otherwise, with room.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 # The check keeps at most this many logits an image, evenly spaced, so that a thousand classes do not bloat the file.
 _MAX_LOGITS = 32
-# What a timm model's name or tag is made of: no slash, no scheme, so that a file cannot name another source.
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_.\-]+)?")
 
 
 def save(
@@ -62,10 +61,12 @@ def save(
         >>> pt.save(model, "pets.safetensors", metrics={"val_accuracy": 0.93})
     """
     if not isinstance(model, Adapted):
-        raise PluginFileError(f"save takes what petiole.adapt returned, got {type(model).__name__}")
-    tensors = model.task_state() | _moved_buffers(model)
-    _check_dtypes(model, tensors)
-    _check_finite(tensors, "the model")
+        raise PluginFileError(
+            f"save takes what petiole.adapt returned, got {type(model).__name__}: eyes of a language model are kept by "
+            "save_eyes"
+        )
+    tensors = own_tensors(model)
+    check_finite(tensors, "the model")
     if not latent:
         tensors = packed(model, tensors)
     elif model.holds_codes:
@@ -94,10 +95,10 @@ def load(path: str | os.PathLike[str], backbone: nn.Module | None = None, *, che
     """
     tensors, info = open_file(path)
     if backbone is None:
-        backbone = _build_backbone(info)
-    view = _match(info, backbone)
+        backbone = build_backbone(info.backbone, info.path, f"give the backbone: petiole.load({info.path!r}, backbone)")
+    view = match_backbone(info.backbone, backbone, info.path)
     model = _rebuild(info, backbone, view)
-    _fill(model, unpacked(model, unstack(tensors), info.path), info.path)
+    _refill(model, tensors, info)
     model.input_config = dict(info.input_config)
     model.eval()
     if check:
@@ -117,80 +118,8 @@ def transplant(path: str | os.PathLike[str], backbone: nn.Module) -> Adapted:
     if (kind, name) != (wanted["class"], wanted["name"]):
         raise PluginFileError(f"{info.path} belongs to {wanted['name']} ({wanted['class']}), this is {name} ({kind})")
     model = _rebuild(info, backbone, view)
-    _fill(model, unpacked(model, unstack(tensors), info.path), info.path)
+    _refill(model, tensors, info)
     return model.eval()
-
-
-def _moved_buffers(model: Adapted) -> dict[str, Tensor]:
-    """Returns the backbone's buffers that training has changed, e.g. running statistics of batch norm."""
-    trained = {name for name, _ in model.trained()}
-    weights = model.view.frozen_weights(model.backbone)
-    own = {f"backbone.{n}": (t, model.origin[n]) for n, t in weights if n in model.origin}
-    return {name: t for name, (t, origin) in own.items() if name not in trained and digest(t) != origin}
-
-
-def _check_dtypes(model: Adapted, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses a mixture of dtypes that a fresh model on the same backbone would not have."""
-    like = next(p for n, p in model.backbone.named_parameters()).dtype
-    for name, tensor in tensors.items():
-        before = model.origin.get(name.removeprefix("backbone."), dtype_name(like)).partition("[")[0]
-        if tensor.is_floating_point() and dtype_name(tensor.dtype) != before:
-            raise PluginFileError(
-                f"{name} is {dtype_name(tensor.dtype)} on a backbone of {before}, so the file could not be loaded "
-                "again: convert the backbone before petiole.adapt, or the whole model back before saving"
-            )
-
-
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise PluginFileError(f"{where}: the tensor {name} is not finite: training diverged, use an earlier state")
-
-
-def _build_backbone(info: PluginInfo) -> nn.Module:
-    """Returns the backbone a file names, with its pretrained weights."""
-    name, tag = info.backbone["name"], info.backbone["tag"]
-    full = f"{name}.{tag}" if tag and name != "micro" else name
-    advice = f"give the backbone: petiole.load({info.path!r}, backbone)"
-    if not info.backbone["class"].startswith("timm.") or not _PLAIN_NAME.fullmatch(full):
-        raise PluginFileError(f"{info.path} belongs to {full!r}, which cannot be built by its name: {advice}")
-    # here, so that loading onto a given model needs neither timm nor the bundled weights
-    from ..backbones.bundled import backbone
-
-    try:
-        return backbone(full).to(getattr(torch, info.backbone["dtype"], torch.float32))
-    except (PetioleError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise PluginFileError(f"{info.path} belongs to {full}: {one_line(error)}; or {advice}") from error
-
-
-def _match(info: PluginInfo, backbone: nn.Module) -> View:
-    """Returns the view of a backbone after comparing its fingerprint with the file's."""
-    wanted, kind = info.backbone, class_name(backbone)
-    try:
-        view = view_of(backbone)
-    except BackboneError as error:
-        raise PluginFileError(f"{info.path} belongs to a {wanted['class']}, got a {kind}: {one_line(error)}") from error
-    found = fingerprint(view.frozen_weights(backbone))
-    if found == wanted["fingerprint"]:
-        return view
-    dtype = dtype_name(next(backbone.parameters()).dtype)
-    if kind != wanted["class"]:
-        why = "the class differs: build the file's backbone"
-    elif (width := view.num_features(backbone)) != wanted["width"]:
-        why = f"the width differs, {wanted['width']} in the file and {width} here: build the file's backbone"
-    elif dtype != wanted["dtype"]:
-        why = f"the dtype differs, {wanted['dtype']} in the file and {dtype} here: call .to(torch.{wanted['dtype']})"
-    else:
-        why = "class and dtype agree, the weights differ: load the same pretrained weights, not fine-tuned since"
-    identity = view.identify(backbone)
-    raise PluginFileError(
-        f"{info.path} belongs to another backbone: the file's is {_title(wanted)} {wanted['class']} "
-        f"{wanted['fingerprint'][:12]}, this one is {_title(identity)} {kind} {found[:12]}; {why}"
-    )
-
-
-def _title(identity: Mapping[str, Any]) -> str:
-    return f"{identity['name']}.{identity['tag']}" if identity["tag"] else str(identity["name"])
 
 
 def _rebuild(info: PluginInfo, backbone: nn.Module, view: View) -> Adapted:
@@ -202,33 +131,10 @@ def _rebuild(info: PluginInfo, backbone: nn.Module, view: View) -> Adapted:
         raise PluginFileError(f"{info.path} describes plugins that do not fit: {one_line(error)}") from error
 
 
-def _fill(model: Adapted, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copies a file's tensors into a fresh model, which nobody else holds yet.
-
-    Raises:
-        PluginFileError: A tensor is missing, unknown, of another shape or dtype, or not finite.
-    """
-    state, needed = model.state_dict(), model.task_state()
-    allowed = set(needed) | {f"backbone.{name}" for name in model.origin}
-    if missing := [name for name in needed if name not in tensors]:
-        raise PluginFileError(f"{where} lacks {_some(missing)}: the file's plugins and head need {len(needed)} tensors")
-    if unknown := [name for name in tensors if name not in allowed]:
-        raise PluginFileError(f"{where} holds {_some(unknown)}, which the file's plugins and head do not have")
-    for name, tensor in tensors.items():
-        if tensor.shape != state[name].shape:
-            raise PluginFileError(
-                f"{where}: {name} should have the shape {list(state[name].shape)}, found {list(tensor.shape)}"
-            )
-        if tensor.dtype != state[name].dtype:
-            expected, found = dtype_name(state[name].dtype), dtype_name(tensor.dtype)
-            raise PluginFileError(f"{where}: {name} should be {expected}, found {found}")
-    _check_finite(tensors, where)
-    model.load_state_dict(dict(tensors), strict=False)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ("the tensor " if len(names) == 1 else "the tensors ") + ", ".join(names[:3]) + more
+def _refill(model: Adapted, tensors: Mapping[str, Tensor], info: PluginInfo) -> None:
+    """Copies a file's tensors into a fresh model."""
+    own = unpacked(model, unstack(tensors), info.path)
+    fill(model, own, model.task_state(), [f"backbone.{name}" for name in model.origin], info.path)
 
 
 @torch.no_grad()

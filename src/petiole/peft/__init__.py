@@ -3,8 +3,7 @@
 Public names are resolved at first use; only the configs of the tuners import the library `peft`.
 """
 
-import importlib
-from typing import Any
+from ..lazy import resolver
 
 # public name -> module of this package
 _PUBLIC = {
@@ -16,14 +15,7 @@ _PUBLIC = {
 }
 
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = resolver(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ split        uint8 [n], 0 train, 1 val, 2 test; may be absent
 class_names  str [C]; may be absent
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def read_pack(path: Path, seed: int) -> Task:
     Raises:
         TaskError: The file is damaged, no image pack, or contradicts itself.
     """
-    arrays = _load(path)
+    arrays = load_arrays(path, _NEEDED, _OPTIONAL)
     labels, offsets = arrays["labels"], arrays["offsets"]
     _check(path, arrays)
     images = Split(Packed(arrays["data"], offsets, path.name), labels)
@@ -47,24 +48,14 @@ def read_pack(path: Path, seed: int) -> Task:
     return split_task(path.stem, classes, train, val, test, seed)
 
 
-def _load(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        # opened here: numpy leaves a damaged archive open
-        with open(path, "rb") as opened:
-            file = np.load(opened, allow_pickle=False)
-            found = getattr(file, "files", ["a single array"])
-            if set(_NEEDED) <= set(found):
-                return {key: file[key] for key in (*_NEEDED, *_OPTIONAL) if key in found}
-    except Exception as error:  # the parsers of archive and headers raise almost anything on damaged data
-        raise TaskError(f"{path} cannot be read as an image pack: {error}") from error
-    raise TaskError(
-        f"{path} is no image pack: it holds {', '.join(found) or 'nothing'}; a pack holds {', '.join(_NEEDED)} "
-        f"and may hold {', '.join(_OPTIONAL)}"
-    )
+def load_arrays(path: Path, needed: Sequence[str], optional: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Returns arrays of an image pack, its `data` and `offsets` checked; both must be among those needed.
 
-
-def _check(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    data, offsets, labels = (arrays[key] for key in _NEEDED)
+    Raises:
+        TaskError: The file is damaged, lacks a needed array, or `offsets` do not fit `data`.
+    """
+    arrays = _load(path, needed, optional)
+    data, offsets = arrays["data"], arrays["offsets"]
     if data.dtype != np.uint8 or data.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1:
         raise TaskError(
             f"{path} is no image pack: data must be uint8 [bytes] and offsets integers [n + 1], "
@@ -78,6 +69,27 @@ def _check(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
             f"{path} is damaged: offsets must rise from 0 to the {len(data)} bytes of data, "
             f"they go from {ends[0]} to {ends[-1]}"
         )
+    return arrays
+
+
+def _load(path: Path, needed: Sequence[str], optional: Sequence[str]) -> dict[str, NDArray[Any]]:
+    try:
+        # opened here: numpy leaves a damaged archive open
+        with open(path, "rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            found = getattr(file, "files", ["a single array"])
+            if set(needed) <= set(found):
+                return {key: file[key] for key in (*needed, *optional) if key in found}
+    except Exception as error:  # the parsers of archive and headers raise almost anything on damaged data
+        raise TaskError(f"{path} cannot be read as an image pack: {error}") from error
+    raise TaskError(
+        f"{path} is no image pack: it holds {', '.join(found) or 'nothing'}; a pack holds {', '.join(needed)} "
+        f"and may hold {', '.join(optional)}"
+    )
+
+
+def _check(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    offsets, labels = arrays["offsets"], arrays["labels"]
     for key in ("labels", "split"):
         if key in arrays and arrays[key].shape != (len(offsets) - 1,):
             raise TaskError(f"{path} holds {len(offsets) - 1} images but {key} of shape {arrays[key].shape}")

@@ -73,7 +73,7 @@ class Task:
         test: What is reported, once.
 
     Raises:
-        TaskError: Fewer than two classes, a name that stands twice, or a label that is no class.
+        TaskError: No class, a name that stands twice, or a label that is no class.
     """
 
     name: str
@@ -84,10 +84,9 @@ class Task:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
-        if len(self.classes) < 2:
-            raise TaskError(
-                f"{self.name} has {len(self.classes)} class {list(self.classes)}: a task needs at least two"
-            )
+        # one class is little to train a head on, which refuses it, and enough for a learner that knows others
+        if not self.classes:
+            raise TaskError(f"{self.name} has no class: a task needs at least one")
         if twice := sorted({c for c in self.classes if self.classes.count(c) > 1}):
             raise TaskError(f"{self.name} names the class {twice[0]!r} more than once: class names must differ")
         for part in (self.train, self.val, self.test):

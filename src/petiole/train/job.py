@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from ..tasks.cache import Pixels
-from .evaluate import evaluate, num_trained
+from .descent import Descent
+from .evaluate import num_trained
 from .events import events
 from .progress import Progress
 from .run import Run
-from .steps import Steps
 from .stop import Stop
 from .world import World
 
@@ -26,8 +25,8 @@ class FitResult:
     """What a run came to.
 
     Args:
-        metrics: Accuracies as shares, `best_epoch`, `seconds`, `trained_parameters`. `val_accuracy` and
-            `test_accuracy` are of the weights that were kept, `last_*` of the last epoch.
+        metrics: Scores as shares, `best_epoch`, `seconds`, `trained_parameters`. `val_accuracy` and `test_accuracy` are
+            of the weights that were kept, `last_*` of the last epoch; captions have `cider` in place of `accuracy`.
         history: One row per epoch: `epoch`, `loss`, `lr`, and `val_accuracy` where it was measured.
     """
 
@@ -60,14 +59,15 @@ class Job:
 
     def __init__(
         self,
-        steps: Steps,
-        splits: Mapping[str, Pixels],
+        steps: Descent,
+        splits: Mapping[str, Any],
         run: Run | None,
         state: Mapping[str, Any] | None,
         save_every: float,
     ) -> None:
         self.steps, self.splits, self.run, self.save_every = steps, splits, run, save_every
         self.model, self.recipe, self.world = steps.model, steps.recipe, steps.world
+        self.criterion = f"val_{steps.criterion}"
         self.record = Record()
         if state is not None:
             self.steps.restore(state)
@@ -84,7 +84,7 @@ class Job:
         record = self.record
         if self.is_done:
             bar.say("this run is finished, there is nothing to train")
-            bar.at(self.steps.total, _words(record.history))
+            bar.at(self.steps.total, self._words())
         elif record.step:
             bar.say(f"goes on after step {record.step} of {self.steps.total}")
         if record.metrics is None:
@@ -95,19 +95,19 @@ class Job:
         metrics = dict(record.metrics)
         if self.run:
             # without the wall clock, equal runs give equal files
-            self.run.save_plugin(self.model, {key: value for key, value in metrics.items() if key != "seconds"})
+            self.steps.keep(self.run, {key: value for key, value in metrics.items() if key != "seconds"})
         return FitResult(metrics, record.history)
 
     def _train(self, bar: Progress, event: Callable[[Row], None]) -> None:
         record, steps = self.record, self.steps
         with Stop() as stop:
             while record.step < steps.total:
-                loss, num_images = steps.take(record.step)
-                record.loss += loss * num_images
+                loss, num_samples = steps.take(record.step)
+                record.loss += loss * num_samples
                 record.step += 1
                 if record.step % steps.per_epoch == 0:
                     event(self._close_epoch())
-                bar.at(record.step, _words(record.history))
+                bar.at(record.step, self._words())
                 is_due = time.monotonic() - self.saved >= self.save_every
                 if is_due or stop.is_asked or record.step == steps.total:
                     self._save()
@@ -117,13 +117,13 @@ class Job:
     def _close_epoch(self) -> Row:
         """Scores the epoch that just ended and returns its row of the history."""
         record, epoch = self.record, self.record.step // self.steps.per_epoch
-        row: Row = {"epoch": epoch, "loss": record.loss / len(self.steps.train), "lr": self.steps.lr()}
+        row: Row = {"epoch": epoch, "loss": record.loss / self.steps.num_samples, "lr": self.steps.lr()}
         record.loss = 0.0
         is_due = epoch == self.recipe.epochs or epoch % self.recipe.eval_every == 0
         if is_due and (scores := self.score("val")):
             row |= scores
             # of equally good epochs, the later one has trained longer
-            if record.best is None or row["val_accuracy"] >= record.best["val_accuracy"]:
+            if record.best is None or row[self.criterion] >= record.best[self.criterion]:
                 record.best = {"epoch": epoch, **scores, "weights": self.steps.weights()}
         record.history.append(row)
         if self.run:
@@ -132,12 +132,11 @@ class Job:
 
     def finish(self) -> dict[str, float]:
         """Scores the last epoch's and the kept weights on test, and leaves the kept ones in the model."""
-        last = {key: value for key, value in self.record.history[-1].items() if key == "val_accuracy"}
-        last |= self.score("test")
+        last = {**_validation(self.record.history[-1]), **self.score("test")}
         best, kept, epoch = self.record.best, last, self.recipe.epochs
         if self._keeps_best and best is not None and best["epoch"] != epoch:
             self.steps.load(best["weights"])
-            epoch, kept = best["epoch"], {"val_accuracy": best["val_accuracy"], **self.score("test")}
+            epoch, kept = best["epoch"], {**_validation(best), **self.score("test")}
         return {
             "trained_parameters": num_trained(self.model),
             **{f"last_{key}": value for key, value in last.items()},
@@ -152,12 +151,18 @@ class Job:
 
     def score(self, name: str) -> dict[str, float]:
         split = self.splits.get(name)
-        if split is None:
-            return {}
-        return {f"{name}_accuracy": evaluate(self.model, split, self.world, seen=self.steps.seen(split)).accuracy}
+        return {} if split is None else {f"{name}_{key}": value for key, value in self.steps.score(split).items()}
 
     def seconds(self) -> float:
         return self.record.seconds + time.monotonic() - self.began
+
+    def _words(self) -> str:
+        """Returns the last epoch's numbers in words."""
+        if not self.record.history:
+            return ""
+        row, is_share = self.record.history[-1], self.steps.criterion == "accuracy"
+        val = f", validation {row[self.criterion]:{'.1%' if is_share else '.3f'}}" if self.criterion in row else ""
+        return f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}{val}"
 
     def _save(self) -> None:
         if self.run:
@@ -202,10 +207,6 @@ def carry_out(
     return result
 
 
-def _words(history: list[Row]) -> str:
-    """Returns the last epoch's numbers in words."""
-    if not history:
-        return ""
-    row = history[-1]
-    val = f", validation {row['val_accuracy']:.1%}" if "val_accuracy" in row else ""
-    return f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}{val}"
+def _validation(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the scores on validation among others."""
+    return {key: value for key, value in row.items() if key.startswith("val_")}

@@ -15,7 +15,10 @@ from ..joining import adapt
 from ..nn.memory import Memory
 from .eyes import Eyes
 from .prove import prove_language_view
+from .texts import TEMPLATE
 
+# where the eyes' adapted model is in a model's state dict
+EYES = "eyes.model"
 # keyword arguments of transformers that have one row a text, in the order in which they are looked for
 _TEXTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
 
@@ -53,6 +56,7 @@ class Sighted(nn.Module):
         self.language_model: Any = twin(language_model)
         self.eyes, self.d_image = eyes, d_image
         self.plugin = plugin.to(next(language_model.parameters()).device)
+        self.view, self.template = view, TEMPLATE
         self.binding = join(view.feed_forwards(self.language_model), plugin)
         self.train(language_model.training)
         if eyes is not None:
@@ -153,6 +157,16 @@ class Sighted(nn.Module):
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields name and parameter of everything that is trained: the plugin, and plugins of the eyes."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def task_state(self) -> dict[str, Tensor]:
+        """Returns what belongs to the task and not to the frozen models: the plugin, and what the eyes have."""
+        own = {} if self.eyes is None else self.eyes.model.task_state()
+        memory = {f"plugin.{name}": tensor for name, tensor in self.plugin.state_dict().items()}
+        return memory | {f"{EYES}.{name}": tensor for name, tensor in own.items()}
+
+    def movable(self) -> list[str]:
+        """Returns the names of the frozen tensors that training may move: running statistics of the eyes."""
+        return [] if self.eyes is None else [f"{EYES}.backbone.{name}" for name in self.eyes.model.origin]
 
     def set_checkpointing(self, is_on: bool) -> None:
         """Sets whether each layer is computed again in the backward pass, which keeps only its input in memory."""
