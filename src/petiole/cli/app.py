@@ -19,6 +19,7 @@ from .predict import predict
 from .pull import pull
 from .push import push
 from .show_merge import show_merge
+from .stream import stream
 from .vqa import vqa
 
 # name, command, examples; a paragraph that begins with \b keeps its lines
@@ -149,6 +150,7 @@ Examples:
 )
 for _name, _command, _examples in _COMMANDS:
     app.command(_name, epilog=_examples)(_command)
+app.add_typer(stream, name="stream")
 app.add_typer(vqa, name="vqa")
 
 
