@@ -157,7 +157,7 @@ def run_all(journal: Journal, args: argparse.Namespace) -> None:
     """Runs what is not in the journal yet: one training of all seeds for each setting that some reading chose."""
     for name, depth, training in itertools.product(args.tasks.split(","), args.depths, args.trainings.split(",")):
         task = pt.open_task(args.data / "tasks" / f"{name}.npz")
-        grid = TRAININGS[training][1]
+        grid = {**TRAININGS[training][1], **({"lr": tuple(args.rates)} if args.rates else {})}
         options = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         common = {"task": name, "depth": depth, "training": training, "size": args.size, "epochs": args.epochs}
         common |= {"batch_size": args.batch_size}
@@ -203,6 +203,7 @@ def main() -> None:
     options.add_argument("--size", type=int, default=48, help="side of an image [pixels]")
     options.add_argument("--epochs", type=int, default=25)
     options.add_argument("--batch-size", type=int, default=16)
+    options.add_argument("--rates", type=float, nargs="+", help=f"learning rates to choose from [{RATES}]")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--out", type=Path, default=Path("runs/confit.jsonl"))
     options.add_argument("--known", action="store_true", help="run nothing: print what --out has")

@@ -1,25 +1,24 @@
-"""`petiole inspect`: say what a plugin file says."""
+"""`petiole inspect`: say what a file says."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._options import AsJson, PluginFile
 
 if TYPE_CHECKING:
+    from ..continual.saving import LearnerInfo
     from ..files import PluginInfo, TensorInfo
     from ..files.ladder import Step
     from ..vision_language.eyes_info import EyesInfo
 
 
 def inspect(file: PluginFile, as_json: AsJson = False) -> None:
-    """Print everything a plugin file says, with sizes."""
+    """Print everything a file says, with sizes: a plugin, eyes of a language model, or a learner."""
     from ..files.metadata import kind_of
 
-    if kind_of(file) is None:
-        _inspect_classifier(file, as_json)
-    else:
-        _inspect_eyes(file, as_json)
+    show = {"eyes": _inspect_eyes, "learner": _inspect_learner}.get(kind_of(file) or "", _inspect_classifier)
+    show(file, as_json)
 
 
 def _inspect_classifier(file: Path, as_json: bool) -> None:
@@ -51,6 +50,20 @@ def _inspect_eyes(file: Path, as_json: bool) -> None:
         _show.as_json({**asdict(info), "overhead_bytes": info.overhead_bytes})
         return
     _show.facts(_eyes_facts(info))
+    _show_tensors(info.tensors)
+
+
+def _inspect_learner(file: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ..continual.saving import inspect_learner
+    from . import _show
+
+    info = inspect_learner(file)
+    if as_json:
+        _show.as_json(asdict(info))
+        return
+    _show.facts(_learner_facts(info))
     _show_tensors(info.tensors)
 
 
@@ -104,6 +117,42 @@ def _eyes_facts(info: "EyesInfo") -> list[tuple[str, str]]:
             ("transform", _transform(info.input_config)),
         ]
     return [*facts, ("check", f"features and logits, tolerance {info.check['tolerance']:g}"), *_rest(info)]
+
+
+def _learner_facts(info: "LearnerInfo") -> list[tuple[str, str]]:
+    from . import _show
+
+    history = [] if info.journey is None else info.journey["history"]
+    far = f"{len(history)} experiences done" if history else "no stream begun"
+    return [
+        ("file", f"{info.path}, {_show.size(info.total_bytes)}"),
+        *_parts("learner", info.learner),
+        ("classes", f"{len(info.classes)}: {', '.join(info.classes)}"),
+        ("transform", "inputs are no images" if info.input_config is None else _transform(info.input_config)),
+        ("journey", far),
+        *((f"metric {key}", f"{value:.10g}") for key, value in info.metrics.items()),
+        ("notes", info.notes or "none"),
+        ("written by", f"petiole {info.petiole}"),
+    ]
+
+
+def _parts(name: str, words: Any) -> Iterator[tuple[str, str]]:
+    """Yields what a learner is made of, a part a line."""
+    if isinstance(words, Mapping) and "part" in words:
+        inner = words["settings"]
+        plain = ", ".join(f"{key}={value}" for key, value in inner.items() if not isinstance(value, Mapping))
+        yield name, f"{words['part']}({plain})"
+        for key, value in inner.items():
+            yield from _parts(key, value)
+    elif isinstance(words, Mapping) and "extractor" in words:
+        yield name, f"features of {_backbone(words['extractor']['backbone'])}"
+        for plugin in words["extractor"]["plugins"]:
+            yield "plugin", _plugin(plugin)
+    elif isinstance(words, Mapping) and "backbone" in words:
+        yield name, _backbone(words["backbone"])
+    elif isinstance(words, Mapping) and "network" in words:
+        about = words["network"]
+        yield name, f"{about['name']} ({about['class']}, {about['num_parameters']:,} parameters)".lstrip()
 
 
 def _file(info: "PluginInfo | EyesInfo") -> tuple[str, str]:

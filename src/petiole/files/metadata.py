@@ -30,6 +30,12 @@ SCHEMA_VERSION = 1
 NUM_IMAGES = 1
 _MAX_IMAGES = 16
 
+# who takes files that hold something else
+_USERS = {
+    "eyes": "petiole.load_eyes and `petiole vqa` take it",
+    "learner": "petiole.continual.load_learner and `petiole stream` take it",
+}
+
 # key -> what it must be; keys of nested objects after a dot
 _SCHEMA: dict[str, Kinds] = {
     "petiole": str,
@@ -134,10 +140,8 @@ def open_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], PluginIn
     where, data = os.fspath(path), read_bytes(path)
     tensors, info = parse(data, where)
     if "kind" in info:
-        raise PluginFileError(
-            f"{where} is no classifier's plugin file, it holds {info['kind']!r}: eyes of a language model are loaded "
-            "by petiole.load_eyes and used by `petiole vqa`"
-        )
+        users = _USERS.get(str(info["kind"]), "no function of this version takes it")
+        raise PluginFileError(f"{where} is no classifier's plugin file, it holds {info['kind']!r}: {users}")
     _validate(info, where)
     return tensors, PluginInfo(
         path=where,
