@@ -12,7 +12,8 @@ import pytest
 from petiole.errors import TaskError
 from petiole.tasks.answer_scores import cider, exact_match, majority_answers, score, vqa_accuracy
 from petiole.tasks.answer_words import caption_words, vqa_answer
-from petiole.tasks.questions import Question, open_questions
+from petiole.tasks.question import Question
+from petiole.tasks.questions import open_questions
 
 # ---- exact match
 

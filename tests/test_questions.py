@@ -12,8 +12,9 @@ from PIL import Image
 from petiole.errors import TaskError
 from petiole.tasks.coco import CAPTION_PROMPT
 from petiole.tasks.images import Files
+from petiole.tasks.question import Question, QuestionTask
 from petiole.tasks.question_parts import cut_off
-from petiole.tasks.questions import Question, QuestionTask, open_questions
+from petiole.tasks.questions import open_questions
 
 PARTS = ("train", "val", "test")
 

@@ -44,8 +44,8 @@ from .tasks import Task as Task
 from .tasks import Transform as Transform
 from .tasks import open_images as open_images
 from .tasks import open_task as open_task
-from .tasks.questions import Question as Question
-from .tasks.questions import QuestionTask as QuestionTask
+from .tasks.question import Question as Question
+from .tasks.question import QuestionTask as QuestionTask
 from .tasks.questions import open_questions as open_questions
 from .train.distilling import distill as distill
 from .train.evaluate import predict as predict

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..core.adapted import Adapted
     from ..core.plugin import Plugin
     from ..nn.schedule import Budget
-    from ..tasks.questions import QuestionTask
+    from ..tasks.question import QuestionTask
     from ..tasks.task import Task
 
 BackboneName = Annotated[

@@ -9,7 +9,7 @@ from . import _language as lm
 from ._options import AsJson, part_of
 
 if TYPE_CHECKING:
-    from ..tasks.questions import Question
+    from ..tasks.question import Question
     from ..tasks.task import Images
 
 
@@ -71,7 +71,7 @@ def answer(
 def _asked(texts: list[str], paths: list[Path]) -> tuple[list["Question"], "Images"]:
     """Returns questions that are all about the same images."""
     from ..tasks.images import Files, load_images
-    from ..tasks.questions import Question
+    from ..tasks.question import Question
 
     files = load_images(paths) if paths else []
     return [Question(text, images=tuple(range(len(files)))) for text in texts], Files(files)

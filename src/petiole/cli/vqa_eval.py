@@ -9,7 +9,7 @@ from . import _language as lm
 from ._options import AsJson, part_of
 
 if TYPE_CHECKING:
-    from ..tasks.questions import Question, QuestionTask
+    from ..tasks.question import Question, QuestionTask
 
 
 def evaluate(

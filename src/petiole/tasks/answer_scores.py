@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ..errors import TaskError
 from .answer_words import caption_words, plain_answer, vqa_answer
-from .questions import Metric, Question
+from .question import Metric, Question
 
 Scores = NDArray[np.float64]
 References = Sequence[Sequence[str]]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TaskError
+from .question import Question, QuestionTask
 from .question_parts import Gallery, field, first_folder, optional, question_task, read_json
-from .questions import Question, QuestionTask
 
 CAPTION_PROMPT = "Describe the image in one sentence."
 _SUBSET = re.compile(r"(train|val|test)(-dev)?(\d{4})?")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import TaskError
 from .images import Files
-from .questions import Metric, Question, QuestionTask
+from .question import Metric, Question, QuestionTask
 from .splits import CUT
 from .task import Images
 

@@ -15,8 +15,8 @@ import numpy as np
 from ..errors import TaskError
 from .images import Packed
 from .packs import load_arrays
+from .question import Question, QuestionTask
 from .question_parts import Gallery, cut_off, field, lettered, question_task
-from .questions import Question, QuestionTask
 from .task import Images
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

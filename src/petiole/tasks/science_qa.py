@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TaskError
+from .question import Question, QuestionTask
 from .question_parts import Gallery, field, first_folder, letter, lettered, optional, question_task, read_json
-from .questions import Question, QuestionTask
 
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 _LAST_LOWER_GRADE = 6
