@@ -90,7 +90,7 @@ def write_stream_report(path: Path, title: str, text: str, ways: Sequence[Told])
 
 def _matrix_of(way: Told) -> Section:
     matrix = way.journey.matrix
-    caption = "Each row is a moment, each column an experience, or a class where a stream has no boundaries [%]."
+    caption = "Each row is a moment, each column an experience, or a class of a stream without boundaries [%]."
     side = min(9.0, 2.5 + 0.5 * len(matrix.columns))
     figure = draw(_cells, way, 1, (side, max(2.0, 1.2 + 0.4 * len(matrix.rows))))
     return Section("What it knew of each experience after each.", figures=[(caption, figure)], heading=way.name)
@@ -100,13 +100,15 @@ def _curves(axes: Sequence[Any], ways: Sequence[Told]) -> None:
     left, right = axes
     for way in ways:
         matrix = way.journey.matrix
-        times = range(1, len(matrix.rows) + 1)
+        times = range(len(matrix.rows))
         left.plot(times, [100 * value for value in matrix.averages()], ".-", label=plain(way.name))
-        first = [(t + 1, 100 * matrix.rows[t][i]) for i, t in enumerate(matrix.met) if t < len(matrix.rows)]
+        first = [(t, 100 * matrix.rows[t][i]) for i, t in enumerate(matrix.met) if t < len(matrix.rows)]
         right.plot([t for t, _ in first], [value for _, value in first], ".-", label=plain(way.name))
     left.set(xlabel="experience", ylabel="average accuracy [%]")
     right.set(xlabel="experience", ylabel="accuracy when met [%]")
     left.legend(frameon=False)
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _cells(axes: Sequence[Any], way: Told) -> None:
@@ -120,7 +122,7 @@ def _cells(axes: Sequence[Any], way: Told) -> None:
                 colour = "white" if value > 60 else "black"
                 axes[0].text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
         axes[0].set_xticks(range(len(matrix.columns)), [plain(name) for name in matrix.columns], rotation=45)
-    axes[0].set_yticks(range(len(matrix.rows)), [str(t + 1) for t in range(len(matrix.rows))])
+    axes[0].set_yticks(range(len(matrix.rows)), [str(t) for t in range(len(matrix.rows))])
     axes[0].set(xlabel="tested on", ylabel="after experience")
 
 
