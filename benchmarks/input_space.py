@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import petiole as pt
 from petiole.core.twin import twin
 from petiole.vision_language.eyes import Eyes
+from petiole.vision_language.prefix import Prefix, forward_behind, generate_behind
 from petiole.vision_language.texts import TEMPLATE
 
 TARGETS = ("q_proj", "v_proj")
@@ -121,14 +122,7 @@ class InputSpace(nn.Module):
             features: Image features `[B, n, d_image]` in place of images.
             texts: `input_ids`, and other keyword arguments of the language model.
         """
-        length = texts["input_ids"].shape[1]
-        inputs = self.prompted(images, indicator, features, texts)
-        places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        # the loss is over the text alone, as everywhere: logits of patches would only be thrown away
-        kept = inputs.pop("logits_to_keep", length)
-        if isinstance(kept, Tensor):
-            kept = kept + inputs["inputs_embeds"].shape[1] - length
-        return self.language_model(**inputs, position_ids=places, logits_to_keep=kept)
+        return forward_behind(self.language_model, self.prefix(images, indicator, features), texts)
 
     @torch.no_grad()
     def generate(
@@ -147,30 +141,18 @@ class InputSpace(nn.Module):
             features: As in `forward`.
             texts: Keyword arguments of `generate`, e.g. `input_ids`, `max_new_tokens`, `num_beams`.
         """
-        added = self.language_model.generate(**self.prompted(images, indicator, features, texts))
-        prompts = texts["input_ids"]
-        return torch.cat([prompts.repeat_interleave(len(added) // len(prompts), dim=0), added], dim=1)
+        return generate_behind(self.language_model, self.prefix(images, indicator, features), texts)
 
-    def prompted(
-        self, images: Tensor | None, indicator: Tensor | None, features: Tensor | None, texts: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Returns the keyword arguments with embeddings of patches and text in place of tokens."""
-        ids = texts["input_ids"]
-        mask = texts.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
-        embeddings = self.language_model.get_input_embeddings()(ids)
+    def prefix(self, images: Tensor | None, indicator: Tensor | None, features: Tensor | None) -> Prefix | None:
+        """Returns the projected patches that stand in front of each text; None where there are none."""
         if images is not None:
             assert self.eyes is not None
             features = self.eyes(images.flatten(0, -4)).reshape(len(images), -1, self.d_image)
-        if features is not None:
-            rows, n = features.shape[:2]
-            is_there = mask.new_ones(rows, 1) if indicator is None else indicator.to(mask).reshape(rows, -1)
-            is_there = is_there.repeat_interleave(n // is_there.shape[1], dim=1)
-            patches = self.plugin(features).to(embeddings.dtype)
-            embeddings = torch.cat([patches.expand(len(ids), -1, -1), embeddings], dim=1)
-            mask = torch.cat([is_there.expand(len(ids), -1), mask], dim=1)
-        rest = {name: value for name, value in texts.items() if name != "input_ids"}
-        return rest | {"inputs_embeds": embeddings, "attention_mask": mask}
+        if features is None:
+            return None
+        rows, n = features.shape[:2]
+        is_there = features.new_ones(rows, 1) if indicator is None else indicator.reshape(rows, -1)
+        return Prefix(self.plugin(features), is_there.repeat_interleave(n // is_there.shape[1], dim=1))
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields name and parameter of everything that is trained: projector, LoRA, and plugins of the eyes."""

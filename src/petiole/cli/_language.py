@@ -42,6 +42,20 @@ def template_of(source: str) -> str:
     return "{question}" if (Path(source) / "problems.json").is_file() else TEMPLATE
 
 
+def read_scales(text: str) -> tuple[int, ...]:
+    """Returns scales that are written `1,2`.
+
+    Raises:
+        PluginError: They are no whole numbers.
+    """
+    from ..errors import PluginError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise PluginError(f"--scales takes whole numbers, e.g. 1,2, got {text!r}") from error
+
+
 def load_language_model(place: str, dtype: str) -> tuple[Any, Any]:
     """Returns a pretrained language model and its tokenizer; no code from the place is run.
 

@@ -111,11 +111,12 @@ def _eyes_facts(info: "EyesInfo") -> list[tuple[str, str]]:
         facts.append(("eyes", f"none: features of width {info.d_image} are given"))
     else:
         facts += [
-            ("eyes", f"{_backbone(eyes)}, block {eyes['block']}"),
+            ("eyes", f"{_backbone(eyes)}, block {eyes['block']}, scales {', '.join(map(str, eyes['scales']))}"),
             *(("eyes' plugin", _plugin(plugin)) for plugin in eyes["plugins"]),
             ("eyes' fingerprint", eyes["fingerprint"]),
             ("transform", _transform(info.input_config)),
         ]
+    facts.append(("class token", "one token in front of the text" if info.class_token else "not read"))
     return [*facts, ("check", f"features and logits, tolerance {info.check['tolerance']:g}"), *_rest(info)]
 
 

@@ -17,6 +17,7 @@ Examples:
   petiole vqa fit shapes/rows.jsonl --language-model models/story --out runs/shapes
   petiole vqa fit scienceqa/ --language-model models/llama-7b --dtype bfloat16 --eyes vit_large_patch14_clip_224.openai
   petiole vqa fit coco/ --language-model google/flan-t5-base --eyes-method adaptformer --eyes-set dim=12
+  petiole vqa fit shapes/rows.jsonl --language-model models/story --set slots=81 --scales 1,2 --class-token
   accelerate launch -m petiole vqa fit shapes/rows.jsonl --language-model models/story""",
     ),
     (

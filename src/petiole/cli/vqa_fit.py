@@ -20,6 +20,12 @@ def fit(
         str, typer.Option("--eyes", "-e", help="Image encoder: `micro` (bundled) or a timm name with its tag")
     ] = "micro",
     block: Annotated[int, typer.Option(help="Block of the encoder whose patches are taken; -1 is the last")] = -2,
+    scales: Annotated[
+        str, typer.Option(help="Sides of the squares of patches that are averaged, e.g. 1,2: 256 + 64 of 16 x 16")
+    ] = "1",
+    class_token: Annotated[
+        bool, typer.Option("--class-token", help="Put each image's class token in front of a decoder's text as well")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="key=value for MemVP, e.g. slots=320, hidden=128, scale=0.1; repeatable"),
@@ -78,13 +84,15 @@ def fit(
     from . import _show
     from ._options import build_plugin, defaults_of, read_words
 
-    recipe = replace(answer_recipe(batch_size), **given)
+    recipe, sides = replace(answer_recipe(batch_size), **given), lm.read_scales(scales)
     plugin = MemVP(**read_words("memvp", settings or [], defaults_of(MemVP)))
     adapters = [build_plugin(eyes_method, eyes_settings or [])] if eyes_method else []
     task = open_questions(source, images=images, captions=captions, seed=recipe.seed)
     encoder = adapt(build(eyes), *adapters, seed=recipe.seed)
     model_itself, tokenizer = lm.load_language_model(language_model, dtype)
-    model = give_eyes(model_itself, encoder, plugin, block=block, seed=recipe.seed)
+    model = give_eyes(
+        model_itself, encoder, plugin, block=block, scales=sides, class_token=class_token, seed=recipe.seed
+    )
     folder = out or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{task.name}-memvp")
     if is_main():
         about = f"{len(task.train or ())} questions, {num_trained(model):,} trained parameters"

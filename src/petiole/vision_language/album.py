@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.prove import eval_mode
 from ..tasks.cache import Pixels, Progress
-from ..tasks.questions import Question
+from ..tasks.question import Question
 from ..tasks.task import Images, Split
 from ..tasks.transform import Transform
 from ..train.world import World

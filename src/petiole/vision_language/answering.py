@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..core.prove import eval_mode
 from ..errors import FitError, PluginError, TaskError
-from ..tasks.questions import Question
+from ..tasks.question import Question
 from ..tasks.task import Images
 from ..tasks.transform import Transform
 from ..train.world import World
@@ -60,6 +60,7 @@ def answer(
     asked = _asked(questions, images)
     texts = Texts(tokenizer, model.language_model, model.template if template is None else template)
     prompts = texts.prompts([question.text for question in asked], max_new_tokens)
+    check_positions(model, texts, asked, [len(prompt) + max_new_tokens for prompt in prompts])
     if not asked:
         return []
     world = World("fp32")
@@ -104,6 +105,29 @@ def check_images(model: Sighted, questions: Sequence[Question]) -> None:
     if most and model.eyes is not None:
         size = most * model.eyes.num_features
         model.memory(features=torch.zeros(1, size, model.d_image, device=model.language_model.device))
+
+
+def check_positions(model: Sighted, texts: Texts, questions: Sequence[Question], lengths: Sequence[int]) -> None:
+    """Checks that a language model has positions left for the class tokens of questions' images.
+
+    Args:
+        model: What reads them.
+        texts: Says how many positions there are.
+        questions: What has images.
+        lengths: How long each question is with its answer [tokens].
+
+    Raises:
+        TaskError: A question, its answer and the class tokens are longer than the language model reads.
+    """
+    if model.class_token is None or texts.limit is None:
+        return
+    for question, length in zip(questions, lengths, strict=True):
+        if length + len(question.images) > texts.limit:
+            raise TaskError(
+                f"the question {question.text[:60]!r} and its answer have up to {length} tokens, and "
+                f"{len(question.images)} in front for its images; the language model has {texts.limit} positions: "
+                "shorten it"
+            )
 
 
 @torch.no_grad()

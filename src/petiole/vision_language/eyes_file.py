@@ -54,11 +54,12 @@ def save_eyes(
     """
     if not isinstance(model, Sighted):
         raise PluginFileError(f"save_eyes takes what petiole.give_eyes returned, got {type(model).__name__}: take save")
-    tensors = {f"plugin.{name}": tensor for name, tensor in model.plugin.state_dict().items()}
+    tensors = model.reader_state()
     if converted := [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]:
         raise PluginFileError(
             f"{converted[0]} is {dtype_name(tensors[converted[0]].dtype)}, so the file could not be loaded again: the "
-            "plugin stays in float32 whatever the language model is, convert it back by model.plugin.float()"
+            "plugin stays in float32 whatever the language model is, convert it back by "
+            f"model.{converted[0].partition('.')[0]}.float()"
         )
     if model.eyes is not None:
         tensors |= {f"{EYES}.{name}": tensor for name, tensor in own_tensors(model.eyes.model).items()}
@@ -134,9 +135,10 @@ def _rebuild(info: EyesInfo, language_model: nn.Module, view: LanguageView, host
             assert host is not None
             host_view = match_backbone(info.eyes, host, info.path)
             plugins = [method(entry["method"], **entry["settings"]) for entry in info.eyes["plugins"]]
-            eyes = Eyes(Adapted(host, host_view, plugins), info.eyes["block"])
+            adapted, scales = Adapted(host, host_view, plugins), info.eyes["scales"]
+            eyes = Eyes(adapted, info.eyes["block"], scales=scales, class_token=info.class_token)
         plugin = recaller(info.plugin["method"], **info.plugin["settings"])
-        return Sighted(language_model, view, eyes, plugin, info.d_image)
+        return Sighted(language_model, view, eyes, plugin, info.d_image, class_token=info.class_token)
     except PluginFileError:
         raise
     except (PetioleError, TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -148,7 +150,8 @@ def _answer(model: Sighted) -> dict[str, Tensor]:
     """Returns some features of a synthetic image and some logits of a few tokens, in eval mode, as float64."""
     with eval_mode(model):
         if model.eyes is None:
-            features = torch.randn(1, 1, model.d_image, generator=torch.Generator().manual_seed(0))
+            num = 1 if model.class_token is None else 2
+            features = torch.randn(1, num, model.d_image, generator=torch.Generator().manual_seed(0))
             features = features.to(model.language_model.device)
         else:
             inside = model.eyes.model

@@ -81,10 +81,12 @@ class EyesInfo:
         petiole: Version of petiole that wrote it.
         plugin: `method` and `settings` of what the language model reads.
         d_image: Width of an image feature.
+        class_token: Whether the language model reads each image's class token in front of its text.
         template: What a prompt is made of.
         language_model: `class`, `name`, `dtype`, `fingerprint` and `width` of the language model it belongs to.
         eyes: `class`, `name`, `tag`, `dtype`, `fingerprint` and `width` of the image encoder, the `block` whose patches
-            are taken, counted from 0, and its `plugins`; None where features are given.
+            are taken, counted from 0, the `scales` at which they are averaged, and its `plugins`; None where features
+            are given.
         input_config: How images become input; None where features are given.
         metrics: What it reached, by name.
         notes: Free text.
@@ -98,6 +100,7 @@ class EyesInfo:
     petiole: str
     plugin: dict[str, Any]
     d_image: int
+    class_token: bool
     template: str
     language_model: dict[str, Any]
     eyes: dict[str, Any] | None
@@ -141,11 +144,13 @@ def open_eyes_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Eye
             f"{where} holds no eyes of a language model, it is a classifier's plugin file: load it by petiole.load"
         )
     _validate(info, where)
-    config = info["input_config"]
-    names = ("petiole", "plugin", "d_image", "template", "language_model", "eyes", "metrics", "notes", "check")
+    config, eyes = info["input_config"], info["eyes"]
+    names = ("petiole", "plugin", "d_image", "template", "language_model", "metrics", "notes", "check")
     return tensors, EyesInfo(
         path=where,
         schema_version=SCHEMA_VERSION,
+        class_token=info.get("class_token", False),
+        eyes=None if eyes is None else {"scales": [1], **eyes},
         input_config=None if config is None else read_input_config(config),
         **{name: info[name] for name in names},
         tensors=tensor_table(tensors),
@@ -171,6 +176,7 @@ def describe(model: Sighted, metrics: Mapping[str, float], notes: str, check: di
         "petiole": __version__,
         "plugin": describe_plugin(model.plugin, {name: cls.__name__ for name, cls in RECALLERS.items()}, recaller),
         "d_image": model.d_image,
+        "class_token": model.class_token is not None,
         "template": model.template,
         "language_model": describe_language_model(model.language_model),
         "eyes": describe_eyes(model.eyes),
@@ -211,7 +217,8 @@ def describe_eyes(eyes: Eyes | None) -> dict[str, Any] | None:
     if eyes is None:
         return None
     plugins = [describe_plugin(plugin) for plugin in eyes.model.taps.plugins]
-    return {**describe_backbone(eyes.model), "block": eyes.num_blocks - 1, "plugins": plugins}
+    where = {"block": eyes.num_blocks - 1, "scales": list(eyes.scales)}
+    return {**describe_backbone(eyes.model), **where, "plugins": plugins}
 
 
 def _validate(info: dict[str, Any], where: str) -> None:
@@ -228,6 +235,11 @@ def _validate(info: dict[str, Any], where: str) -> None:
     if info["eyes"] is not None:
         check_fields(info, _EYES, where)
         check_entries(info["eyes"]["plugins"], where)
+    # files from before there were any have neither
+    if not isinstance(info.get("class_token", False), bool):
+        raise PluginFileError(f"{where}: the metadata `class_token` should be true or false")
+    if not isinstance((info["eyes"] or {}).get("scales", []), list):
+        raise PluginFileError(f"{where}: the metadata `eyes.scales` should be a list of whole numbers")
     if (info["eyes"] is None) != (info["input_config"] is None):
         raise PluginFileError(f"{where}: the metadata `eyes` and `input_config` go together, only one of them is there")
     for key in ("features", "logits"):

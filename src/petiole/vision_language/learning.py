@@ -13,7 +13,7 @@ import numpy as np
 from .. import __version__
 from ..errors import FitError
 from ..tasks.answer_scores import score
-from ..tasks.questions import Question, QuestionTask
+from ..tasks.question import Question, QuestionTask
 from ..tasks.transform import Transform
 from ..train.job import FitResult, Job, carry_out
 from ..train.loop import FROM_CODES
@@ -21,7 +21,7 @@ from ..train.progress import Progress
 from ..train.recipe import Recipe
 from ..train.world import World, find_world
 from .album import Album, Look
-from .answering import check_images, look_at
+from .answering import check_images, check_positions, look_at
 from .eyes_info import describe_eyes, describe_language_model
 from .sighted import Sighted
 from .steps import AnswerSteps, Quiz, has_trained_eyes
@@ -108,6 +108,8 @@ def fit_answers(
         name: texts.exchanges([question.text for question in part], [question.target for question in part])
         for name, part in questions.items()
     }
+    for name, part in questions.items():
+        check_positions(model, texts, part, [len(e.prompt) + len(e.answer) for e in tokens[name]])
     looks = {name: _look(model, task, name, part, world, is_shown) for name, part in questions.items()}
     quizzes = {name: Quiz(part, tokens[name], looks[name]) for name, part in questions.items()}
     train = quizzes.pop("train")
@@ -203,6 +205,7 @@ def _configuration(
         "language_model": language_model,
         "eyes": eyes,
         "plugin": {"method": model.plugin.method, **model.plugin.settings()},
+        "class_token": model.class_token is not None,
         "template": model.template,
         "transform": None if model.eyes is None else dict(model.eyes.model.input_config),
         "recipe": asdict(recipe),

@@ -1,6 +1,6 @@
 """A frozen language model with eyes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from ..core.twin import twin
 from ..errors import PluginError
 from ..joining import adapt
 from ..nn.memory import Memory
+from .class_token import ClassToken, split_features
 from .eyes import Eyes
+from .prefix import Prefix, forward_behind, generate_behind
 from .prove import prove_language_view
 from .texts import TEMPLATE
 
@@ -26,6 +28,9 @@ _TEXTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
 class Sighted(nn.Module):
     """A frozen language model that reads images from a memory beside its feed-forward layers.
 
+    With a class token, it also reads one token of each image in front of its text; logits, loss and what is generated
+    are those of the text all the same.
+
     The model runs a twin of the language model that shares its weights: the language model itself is never written to.
     Its own loop runs, with its cache and its `generate`. Starts in the language model's mode, train or eval.
 
@@ -36,10 +41,12 @@ class Sighted(nn.Module):
         plugin: What makes a memory of features; attached here, kept in float32.
         d_image: Width of the features.
         seed: Seed of every random initial value.
+        class_token: Whether the first feature of each image is its class token; with eyes, they decide.
 
     Raises:
         BackboneError: The view does not find a part of the language model.
-        PluginError: The plugin belongs to another model, or the eyes have more features than it takes.
+        PluginError: The plugin belongs to another model, the eyes have more features than it takes, or a model with an
+            encoder is to read a class token.
     """
 
     def __init__(
@@ -50,12 +57,17 @@ class Sighted(nn.Module):
         plugin: Recaller,
         d_image: int,
         seed: int = 0,
+        class_token: bool = False,
     ) -> None:
         super().__init__()
-        plugin.attach(view.sites(language_model, d_image), torch.Generator().manual_seed(seed))
+        generator, device = torch.Generator().manual_seed(seed), next(language_model.parameters()).device
+        plugin.attach(view.sites(language_model, d_image), generator)
+        self.class_token: ClassToken | None = None
+        if class_token if eyes is None else eyes.class_token:
+            self.class_token = ClassToken(language_model, d_image, generator).to(device)
         self.language_model: Any = twin(language_model)
         self.eyes, self.d_image = eyes, d_image
-        self.plugin = plugin.to(next(language_model.parameters()).device)
+        self.plugin = plugin.to(device)
         self.view, self.template = view, TEMPLATE
         self.binding = join(view.feed_forwards(self.language_model), plugin)
         self.train(language_model.training)
@@ -77,14 +89,16 @@ class Sighted(nn.Module):
             images: Images of each text `[B, 3, H, W]` or `[B, I, 3, H, W]`; one row is shared by all texts; None for
                 texts without.
             indicator: 1 where a text has its image and 0 where it has not, `[B]` or `[B, I]`; None for all ones.
-            features: Image features `[B, n, d_image]` in place of images.
+            features: Image features `[B, n, d_image]` in place of images, with the class token of each image first
+                where there is one.
             texts: Keyword arguments of the language model, e.g. `input_ids`, `attention_mask`, `labels`.
 
         Raises:
-            PluginError: Images do not fit the texts, the indicator or the slots.
+            PluginError: Images do not fit the texts, the indicator or the slots, or a class token the texts.
         """
-        with self.binding.bind(self.memory(images, indicator, features=features, num_texts=_num_texts(texts))):
-            return self.language_model(**texts)
+        memory, prefix = self._read(images, indicator, features, _num_texts(texts))
+        with self.binding.bind(memory):
+            return forward_behind(self.language_model, prefix, texts)
 
     @torch.no_grad()
     def generate(
@@ -104,10 +118,11 @@ class Sighted(nn.Module):
             texts: Keyword arguments of `generate`, e.g. `input_ids`, `max_new_tokens`, `num_beams`.
 
         Raises:
-            PluginError: Images do not fit the texts, the indicator or the slots.
+            PluginError: Images do not fit the texts, the indicator or the slots, or a class token the texts.
         """
-        with self.binding.bind(self.memory(images, indicator, features=features, num_texts=_num_texts(texts))):
-            return self.language_model.generate(**texts)
+        memory, prefix = self._read(images, indicator, features, _num_texts(texts))
+        with self.binding.bind(memory):
+            return generate_behind(self.language_model, prefix, texts)
 
     def memory(
         self,
@@ -125,14 +140,41 @@ class Sighted(nn.Module):
             features: As in `forward`.
             num_texts: How many texts the pass has, None where that is not known.
         """
-        features = self._features(images, features)
-        if features is None:
-            features, indicator = self._nothing(indicator)
-        elif indicator is None:
-            indicator = features.new_ones(len(features))
-        if num_texts is not None and len(features) not in (1, num_texts):
-            raise PluginError(f"{num_texts} texts and images of {len(features)}: give each text its own, or one to all")
-        return self.plugin.memory(features, indicator).to(self.language_model.dtype)
+        return self._read(images, indicator, features, num_texts)[0]
+
+    def _read(
+        self, images: Tensor | None, indicator: Tensor | None, features: Tensor | None, num_texts: int | None
+    ) -> tuple[Memory, Prefix | None]:
+        """Returns the memory of a pass, and what stands in front of its texts where there are images."""
+        seen = self._features(images, features)
+        if seen is None:
+            given, indicator = self._nothing(indicator)
+        else:
+            given, indicator = seen, seen.new_ones(len(seen)) if indicator is None else indicator
+        if num_texts is not None and len(given) not in (1, num_texts):
+            raise PluginError(f"{num_texts} texts and images of {len(given)}: give each text its own, or one to all")
+        if self.class_token is None:
+            return self.plugin.memory(given, indicator).to(self.language_model.dtype), None
+        num_images = 1 if seen is None else self._num_images(given, indicator)
+        first, patches = split_features(given, num_images)
+        memory, embeddings = self.plugin.memory(patches, indicator), self.class_token(first)
+        if seen is None:
+            # a zero, so that text without images leaves no tensor without a gradient
+            memory = memory._replace(keys=memory.keys + 0 * embeddings.sum())
+        is_there = indicator.reshape(len(given), -1)
+        if is_there.shape[1] not in (1, num_images):
+            raise PluginError(f"the indicator is of {is_there.shape[1]} images a text, the features of {num_images}")
+        prefix = None if seen is None else Prefix(embeddings, is_there.expand(-1, num_images))
+        return memory.to(self.language_model.dtype), prefix
+
+    def _num_images(self, features: Tensor, indicator: Tensor) -> int:
+        """Returns how many images a text has."""
+        if self.eyes is None:
+            return indicator[0].numel()
+        num, rest = divmod(features.shape[1], self.eyes.num_features)
+        if rest:
+            raise PluginError(f"{features.shape[1]} features are not those of images of {self.eyes.num_features} each")
+        return num
 
     def _features(self, images: Tensor | None, features: Tensor | None) -> Tensor | None:
         if images is None:
@@ -151,18 +193,28 @@ class Sighted(nn.Module):
         if self.eyes is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.eyes.parameters()):
             features = self.eyes(self.eyes.blank())
         else:
-            features = torch.zeros(1, 1, self.d_image, device=self.language_model.device)
+            num = 1 if self.class_token is None else 2
+            features = torch.zeros(1, num, self.d_image, device=self.language_model.device)
         return features, features.new_zeros(1)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields name and parameter of everything that is trained: the plugin, and plugins of the eyes."""
+        """Yields name and parameter of what is trained: plugin, map of the class token, and plugins of the eyes."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def task_state(self) -> dict[str, Tensor]:
-        """Returns what belongs to the task and not to the frozen models: the plugin, and what the eyes have."""
+        """Returns what belongs to the task and not to the frozen models."""
         own = {} if self.eyes is None else self.eyes.model.task_state()
-        memory = {f"plugin.{name}": tensor for name, tensor in self.plugin.state_dict().items()}
-        return memory | {f"{EYES}.{name}": tensor for name, tensor in own.items()}
+        return self.reader_state() | {f"{EYES}.{name}": tensor for name, tensor in own.items()}
+
+    def reader_state(self) -> dict[str, Tensor]:
+        """Returns what makes of features what the language model reads: the plugin, and the class token's map."""
+        readers = {"plugin": self.plugin, "class_token": self.class_token}
+        return {
+            f"{part}.{name}": tensor
+            for part, module in readers.items()
+            if module is not None
+            for name, tensor in module.state_dict().items()
+        }
 
     def movable(self) -> list[str]:
         """Returns the names of the frozen tensors that training may move: running statistics of the eyes."""
@@ -181,7 +233,10 @@ class Sighted(nn.Module):
     def __repr__(self) -> str:
         eyes = "no eyes" if self.eyes is None else repr(self.eyes.model)
         settings = ", ".join(f"{key}={value!r}" for key, value in self.plugin.settings().items())
-        return f"Sighted({type(self.language_model).__name__}, {eyes}, {type(self.plugin).__name__}({settings}))"
+        parts = [type(self.language_model).__name__, eyes, f"{type(self.plugin).__name__}({settings})"]
+        if self.eyes is not None and self.eyes.scales != (1,):
+            parts.append(f"scales={self.eyes.scales}")
+        return f"Sighted({', '.join(parts)}{', class_token=True' if self.class_token is not None else ''})"
 
 
 def give_eyes(
@@ -190,6 +245,8 @@ def give_eyes(
     plugin: Recaller,
     *,
     block: int = -1,
+    scales: Sequence[int] = (1,),
+    class_token: bool = False,
     d_image: int | None = None,
     seed: int = 0,
     prove: bool = True,
@@ -202,13 +259,16 @@ def give_eyes(
             together with the memory; None where features are given instead.
         plugin: `MemVP()`.
         block: Block of the encoder whose patch features are taken; -1 for the last, -2 as in the paper.
+        scales: Sides of the squares of patches that are averaged; `(1, 2)` adds means of 2 x 2 to the patches.
+        class_token: Whether a decoder also reads the image's class token, as one token in front of its text.
         d_image: Width of the features where there are no eyes.
         seed: Seed of the initial values.
         prove: Whether to check that every feed-forward layer is reached, and that nothing else is changed.
 
     Raises:
-        BackboneError: No view knows the language model or the image encoder.
-        PluginError: The plugin belongs to another model, or there are more features than slots.
+        BackboneError: No view knows the language model or the image encoder, or it has no class token.
+        PluginError: The plugin belongs to another model, there are more features than slots, the patches form no grid
+            to average, or a model with an encoder is to read a class token.
         ProofError: A feed-forward layer is not reached.
 
     Example:
@@ -223,12 +283,15 @@ def give_eyes(
         prove_language_view(view, language_model)
     if (eyes is None) == (d_image is None):
         raise PluginError("the width of image features comes from the eyes; without eyes it is d_image")
+    if eyes is None and tuple(scales) != (1,):
+        raise PluginError("scales are of the eyes, and there are none: average the features that are given")
     seeing = None
     if eyes is not None:
-        seeing = Eyes(eyes if isinstance(eyes, Adapted) else adapt(eyes, prove=prove), block)
+        host = eyes if isinstance(eyes, Adapted) else adapt(eyes, prove=prove)
+        seeing = Eyes(host, block, scales=scales, class_token=class_token)
         d_image = seeing.width
     assert d_image is not None
-    return Sighted(language_model, view, seeing, plugin, d_image, seed)
+    return Sighted(language_model, view, seeing, plugin, d_image, seed, class_token)
 
 
 def _num_texts(texts: dict[str, Any]) -> int | None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import FitError, PluginFileError
 from ..tasks.answer_scores import score
-from ..tasks.questions import Metric, Question
+from ..tasks.question import Metric, Question
 from ..train.descent import Descent
 from ..train.recipe import Recipe
 from ..train.run import PLUGIN, Run
