@@ -184,7 +184,7 @@ def test_classes_may_come_smoothly(stream: Command) -> None:
     ("words", "message"),
     [
         (("--learner", "taerr"), r"no learner is called 'taerr' (did you mean 'taer'?)"),
-        (("--set", "lr=1"), "--set is for a learner that is named"),
+        (("--set", "lr=1"), "--set is for a fresh learner that is named"),
         (("--learner", "taer", "--set", "rate=1"), "taer has no setting 'rate'"),
         (("--experiences", 9), "3 classes cannot be shared out among 9 experiences"),
         (("--learner", "taer", "--smooth", 0.1), "must be told where experiences begin and end"),

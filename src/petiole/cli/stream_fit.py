@@ -1,7 +1,8 @@
 """`petiole stream fit`: learn classes as they come, and go on learning."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +13,15 @@ from ._options import AsJson, BackboneName, method_names
 from ._run import goes_on
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..continual.catalogue import Rest
     from ..continual.choosing import Tried
     from ..continual.learner import Learner
     from ..continual.plan import Plan
+    from ..continual.samples import Samples
     from ..core.adapted import Adapted
-    from ..tasks.task import Task
+    from ..tasks.task import Split, Task
 
 _EPOCHS = 10  # of a network that is tuned; heads make their own, and online learners see everything once
 
@@ -90,22 +94,27 @@ def fit(
     alone with each of several heads and takes the one that did best on val. The same command goes on where it was
     stopped; with `--continue` a learner goes on with other data, and its earlier file stays as it is.
     """
-    from ..continual.catalogue import Rest, offer
+    from ..backbones.bundled import backbone as build
+    from ..continual.catalogue import Rest, made, offer
     from ..continual.journey import carry, taken_up
     from ..continual.plan import Plan
-    from ..continual.sources import samples_of
     from ..errors import FitError
     from ..tasks import open_task
-    from ..train.progress import Progress
     from . import _show
+    from ._options import read_settings
 
-    is_auto = learner == st.AUTO and continued is None
-    kind = "head" if is_auto or continued is not None else offer(learner).kind
-    if is_auto and settings:
-        raise FitError("--set is for a learner that is named: give --learner, or leave the choice to auto")
-    words = {} if is_auto or continued is not None else st.settings_of(learner, settings or [])
+    is_auto, is_fresh = learner == st.AUTO and continued is None, continued is None
+    if settings and (is_auto or not is_fresh):
+        raise FitError("--set is for a fresh learner that is named: give --learner, or leave it away")
+    tried: list[Tried] = []
+    about, words = dict[str, Any](), {} if is_auto or not is_fresh else st.settings_of(learner, settings or [])
+    if continued is not None:
+        found, info = st.load(continued, None if backbone == "micro" else backbone)
+        kind, about["continues"] = "tuned" if found.groups() else "head", str(continued)
+    else:
+        kind = "head" if is_auto else offer(learner).kind
     plan = Plan(
-        num_experiences=experiences or (5 if continued is None else 1),
+        num_experiences=experiences or (5 if is_fresh else 1),
         first=first,
         order=order,
         sigma=smooth,
@@ -113,95 +122,48 @@ def fit(
         batch_size=batch_size,
         seed=seed,
     )
-    data, tried = open_task(source, seed=seed), []
-    about: dict[str, Any] = {"task": data.name}
+    data = open_task(source, seed=seed)
     if continued is not None:
-        found, info = st.load(continued, None if backbone == "micro" else backbone)
-        data, name = taken_up(data, info.classes), f"{continued.stem}-continued"
-        about["continues"] = str(continued)
-    else:
-        name = learner
-        rest = Rest(
-            num_classes=len(data.classes),
-            per_class=exemplars,
-            capacity=capacity,
-            policy=policy,
-            augment=augment,
-            plugin=(method or "fact", _plugin_settings(method or "fact", method_settings)),
-            seed=seed,
-        )
-    folder = out or Path("runs") / re.sub(r"[^\w.+-]+", "-", f"{data.name}-{name}")
+        data, learner = taken_up(data, info.classes), f"{continued.stem}-continued"
+    folder = out or Path("runs") / re.sub(r"[^\w.+-]+", "-", f"{data.name}-{learner}")
     with goes_on(folder):
-        if continued is None:
-            make = _maker(kind, data, plan, rest, backbone, pretrained, size, plugin, method, method_epochs, folder)
+        if is_fresh:
+            rest = Rest(
+                num_classes=len(data.classes),
+                per_class=exemplars,
+                capacity=capacity,
+                policy=policy,
+                augment=augment,
+                size=size,
+                plugin=None if method is None else (method, read_settings(method, method_settings or [])),
+                seed=seed,
+            )
+            if kind == "head":
+                base: nn.Module = _seer(data, plan, rest, backbone, plugin, method_epochs, folder)
+            else:
+                base = build(backbone, pretrained=pretrained)
             if is_auto:
-                tried = _chosen(make, data, plan, folder, is_shown=not as_json)
+                tried = _chosen(partial(made, base=base, rest=rest), data, plan, folder, is_shown=not as_json)
                 learner, words = tried[0].name, tried[0].settings
                 about["chosen"] = learner
-            found = make(learner, words)
-        splits = {"train": data.joined().train, "test": data.test}
-        samples = {}
-        for part, images in splits.items():
-            if images is not None:
-                with Progress(f"seeing {part} images", len(images), is_aside=True) as bar:
-                    samples[part] = samples_of(found, images, folder=folder / "features", progress=_to(bar))
-        stream = plan.stream(samples["train"], samples.get("test"), classes=data.classes)
-        _show.say(f"{data.name}: {len(stream)} experiences, {len(samples['train'])} images, into {folder}")
+            found = made(learner, base, rest, words)
+        train = _seen(found, data.joined().train, "train", folder)
+        test = None if data.test is None else _seen(found, data.test, "test", folder)
+        stream = plan.stream(train, test, classes=data.classes)
+        _show.say(f"{data.name}: {len(stream)} experiences, {len(train)} images, into {folder}")
         carry(
             stream,
             found,
             folder,
-            is_task_known=task_known or bool(kind == "tuned" or found.groups()),
-            about=about,
+            is_task_known=task_known or kind == "tuned",
+            about={"task": data.name, **about},
             save_every=save_every,
         )
     _tell(folder, data.name, tried, as_json)
 
 
-def _plugin_settings(method: str, words: list[str] | None) -> Mapping[str, Any]:
-    from ._options import read_settings
-
-    return read_settings(method, words or [])
-
-
-def _to(bar: Any) -> Callable[[int, int], object]:
-    return lambda done, total: bar.at(min(done, total))
-
-
-def _maker(
-    kind: str,
-    data: "Task",
-    plan: "Plan",
-    rest: "Rest",
-    backbone: str,
-    pretrained: bool,
-    size: int | None,
-    plugin: Path | None,
-    method: str | None,
-    method_epochs: int,
-    folder: Path,
-) -> Callable[[str, Mapping[str, Any]], "Learner"]:
-    """Returns what makes a fresh learner of a name and settings."""
-    from ..backbones.bundled import backbone as build
-    from ..continual.catalogue import input_of, on_features, on_network
-
-    if kind != "head":
-        network = build(backbone, pretrained=pretrained)
-        transform = input_of(network, size)
-        return lambda name, settings: on_network(name, network, transform, rest, settings)
-    model = _seer(data, plan, rest, backbone, plugin, method, method_epochs, folder)
-    return lambda name, settings: on_features(name, model, rest, settings)
-
-
 def _seer(
-    data: "Task",
-    plan: "Plan",
-    rest: "Rest",
-    backbone: str,
-    plugin: Path | None,
-    method: str | None,
-    method_epochs: int,
-    folder: Path,
+    data: "Task", plan: "Plan", rest: "Rest", backbone: str, plugin: Path | None, epochs: int, folder: Path
 ) -> "Adapted":
     """Returns the frozen model whose features a head stands on."""
     from ..backbones.bundled import backbone as build
@@ -212,35 +174,45 @@ def _seer(
     from ..train.recipe import Recipe
     from ._options import load_model
 
-    if plugin is not None and method is not None:
+    if plugin is not None and rest.plugin is not None:
         raise FitError("features come through a plugin file or through one that is trained first: give one of them")
     if plugin is not None:
         return load_model(plugin, None)
-    if method is None:
+    if rest.plugin is None:
         return adapt(build(backbone))
     if not plan.has_boundaries:
         raise FitError("a smooth stream has no first experience to adapt to: leave --method away, or --smooth")
     name, settings = rest.plugin
-    labels = plan.labels(data.train.labels)[0]
-    recipe = Recipe(epochs=method_epochs, seed=rest.seed)
+    labels, recipe = plan.labels(data.train.labels)[0], Recipe(epochs=epochs, seed=rest.seed)
     return adapt_first(build(backbone), [make(name, **settings)], data, labels, recipe, out=folder / "first")
 
 
-def _chosen(
-    make: Callable[[str, Mapping[str, Any]], "Learner"], data: "Task", plan: "Plan", folder: Path, is_shown: bool
-) -> list["Tried"]:
+def _seen(learner: "Learner", images: "Split", part: str, folder: Path) -> "Samples":
+    """Returns images as a learner takes them."""
+    from ..continual.sources import samples_of
+    from ..train.progress import Progress
+
+    with Progress(f"seeing {part} images", len(images), is_aside=True) as bar:
+        return samples_of(
+            learner, images, folder=folder / "features", progress=lambda done, total: bar.at(min(done, total))
+        )
+
+
+def _chosen(make: Callable[..., "Learner"], data: "Task", plan: "Plan", folder: Path, is_shown: bool) -> list["Tried"]:
     """Returns the candidates, the best first."""
     from ..continual.choosing import CANDIDATES, choose
-    from ..continual.sources import parted, samples_of
+    from ..continual.sources import parted
     from ..train.progress import Progress
     from . import _show
 
-    images = data.joined().train
-    with Progress("seeing train images", len(images), is_aside=True) as bar:
-        samples = samples_of(make("ncm", {}), images, folder=folder / "features", progress=_to(bar))
-    train, val = parted(samples, data)
+    train, val = parted(_seen(make("ncm", settings={}), data.joined().train, "train", folder), data)
     with Progress("choosing a learner", len(CANDIDATES), is_aside=True) as bar:
-        tried = choose(CANDIDATES, make, plan.stream(train, val, classes=data.classes), bar.at)
+        tried = choose(
+            CANDIDATES,
+            lambda name, words: make(name, settings=words),
+            plan.stream(train, val, classes=data.classes),
+            bar.at,
+        )
     if is_shown:
         _show.table(
             ("learner", "validation, final average", "over time", "s"),

@@ -129,7 +129,8 @@ class Rest:
         capacity: Exemplars in all, instead.
         policy: Which samples are exemplars, as of `POLICIES`.
         augment: How a network's training images are changed, as of `AUGMENTATIONS`.
-        plugin: Method and settings of the plugins that a learner makes.
+        size: Side of a network's images [pixels]; None for its own.
+        plugin: Method and settings of the plugins that are made; None for FacT's defaults.
         seed: Seed of everything random.
     """
 
@@ -138,7 +139,8 @@ class Rest:
     capacity: int | None = None
     policy: str = "class-balanced"
     augment: str = "none"
-    plugin: tuple[str, Mapping[str, Any]] = ("fact", {})
+    size: int | None = None
+    plugin: tuple[str, Mapping[str, Any]] | None = None
     seed: int = 0
 
     def exemplars(self) -> Exemplars:
@@ -155,6 +157,25 @@ class Rest:
         bound = {"capacity": self.capacity} if self.capacity is not None else {"per_class": self.per_class}
         kind: Callable[..., Exemplars] = POLICIES[self.policy]
         return kind(**bound, seed=self.seed)
+
+
+def made(name: str, base: nn.Module, rest: Rest, settings: Mapping[str, Any]) -> Learner:
+    """Returns a fresh learner.
+
+    Args:
+        name: Which one.
+        base: What it stands on: an adapted model for a head, a network for the others; never written to.
+        rest: What else it needs.
+        settings: Its settings, as of `settings_of`.
+
+    Raises:
+        FitError: There is no such learner, or a setting is out of range.
+        BackboneError: It cannot stand on this network.
+    """
+    if offer(name).kind != "head":
+        return on_network(name, base, input_of(base, rest.size), rest, settings)
+    assert isinstance(base, Adapted)
+    return on_features(name, base, rest, settings)
 
 
 def on_features(name: str, model: Adapted, rest: Rest, settings: Mapping[str, Any]) -> HeadLearner:
@@ -187,7 +208,7 @@ def on_network(name: str, network: nn.Module, transform: Transform, rest: Rest, 
     """
     found = offer(name)
     if name == "plugins":
-        method, own = rest.plugin
+        method, own = rest.plugin or ("fact", {})
         learner: Learner = found.make(network, method=method, settings=own, seed=rest.seed, **settings)
         return learner
     if found.kind == "tuned":
