@@ -234,7 +234,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(parts: Callable[[], dict[str, An
     one = make()
     for x, y in batches[:7]:
         one.observe(x, y)
-    state = one.state()
+    state, kept = one.state(), one.state()
     other = make()
     other.observe(*samples(10, seed=9))
     other.restore(state)
@@ -243,6 +243,8 @@ def test_a_restored_learner_goes_on_bit_for_bit(parts: Callable[[], dict[str, An
         other.observe(x, y)
     assert equal(one.state(), other.state())
     assert torch.equal(one.predict(samples(50)[0]), other.predict(samples(50)[0]))
+    # whoever restores from it once more finds it as it was
+    assert equal(state, kept)
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)

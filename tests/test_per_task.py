@@ -93,9 +93,9 @@ def test_later_experiences_change_no_bit_of_earlier_answers() -> None:
 
 def test_told_the_task_it_learns() -> None:
     found = learner()
-    *_, last = run(stream(8), found, is_task_known=True)
-    # guessing comes to 0.5, 1 and 0.33
-    assert last.matrix.final_average() > 0.9
+    *_, last = run(stream(12), found, is_task_known=True)
+    # guessing comes to 0.61: the mean of 0.5, 1 and 0.33
+    assert last.matrix.final_average() > 0.8
     assert found.groups() == [[1, 4], [3], [0, 2, 5]]
 
 

@@ -1,5 +1,6 @@
 """The online learner: a network trained on a stream and on exemplars of it, in one pass."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -193,9 +194,10 @@ class OnlineLearner(Learner):
         self.objective.restore(state["objective"])
         self.objective.to(self.device)
         self._steps = self._fresh_optimizer()
-        # parameters may have joined the optimiser in another order: their names tell them apart
+        # parameters may have joined the optimiser in another order: their names tell them apart; it writes into what it
+        # is given
         known = {i: state["optimizer"][name] for i, name in enumerate(self.trained) if name in state["optimizer"]}
-        self._steps.load_state_dict({**self._steps.state_dict(), "state": known})
+        self._steps.load_state_dict({**self._steps.state_dict(), "state": copy.deepcopy(known)})
         if self.exemplars is not None:
             self.exemplars.restore(state["exemplars"])
         self._generator.set_state(state["generator"])
