@@ -19,6 +19,7 @@ them in grey and 100 images each, with their own test images. Nothing is selecte
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -95,10 +96,9 @@ def main() -> None:
         parts = {phase: read(Path(args.data), name, phase, args.per_class) for phase in ("choose", "test")}
         for method in args.methods.split(";"):
             run_method(journal, name, method, parts, args)
-    for name in SETS:
-        for way in WAYS:
-            if rows := table(journal, name, way):
-                print(f"\n{name}, {way}\n\n{rows}")
+    for name, way, replay in itertools.product(SETS, WAYS, sorted({replay_of(asked) for asked, _ in journal.runs()})):
+        if rows := table(journal, name, way, replay):
+            print(f"\n{name}, {way}, {replay} exemplars a step\n\n{rows}")
 
 
 def run_method(
@@ -106,6 +106,7 @@ def run_method(
 ) -> None:
     """Runs what the journal does not have of a method on a set."""
     shared = {"set": name, "method": method, "width": args.width, "per_class": args.per_class}
+    shared |= {"replay": args.replay} if args.replay != REPLAY else {}
     rates = [float(rate) for rate in args.rates.split(",")]
     finals = {}
     for lr in rates if len(rates) > 1 else ():
@@ -138,9 +139,14 @@ def learner(asked: Mapping[str, Any]) -> Learner:
     seed = asked["seed"]
     settings = {"lr": asked["lr"], "augment": ShiftFlip(), "normalize": TRANSFORM.normalize, "seed": seed}
     if asked["method"] != "GDumb":
-        settings["replay"] = REPLAY
+        settings["replay"] = replay_of(asked)
     network = small_resnet(asked["width"], stride=2, seed=seed)
     return METHODS[asked["method"]](network, SETS[asked["set"]][2], settings)
+
+
+def replay_of(asked: Mapping[str, Any]) -> int:
+    """Returns how many exemplars a step sees."""
+    return asked.get("replay", REPLAY)
 
 
 def stream(asked: Mapping[str, Any], parts: tuple[Arrays, Arrays]) -> Stream:
@@ -188,12 +194,12 @@ def grey(part: Arrays) -> Arrays:
     return x.float().mean(1, keepdim=True).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), y
 
 
-def table(journal: Journal, name: str, way: str) -> str:
+def table(journal: Journal, name: str, way: str, replay: int) -> str:
     """Returns the test runs of a set as Markdown: means and deviations over seeds in percent, and seconds a run."""
     found: dict[str, list[Mapping[str, float]]] = {}
     rates: dict[str, float] = {}
     for asked, metrics in journal.runs():
-        if (asked["set"], asked["way"], asked["phase"]) == (name, way, "test"):
+        if (asked["set"], asked["way"], asked["phase"], replay_of(asked)) == (name, way, "test", replay):
             found.setdefault(asked["method"], []).append(metrics)
             rates[asked["method"]] = asked["lr"]
     if not found:
@@ -216,6 +222,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="learning rates to choose from")
+    parser.add_argument("--replay", type=int, default=REPLAY, help="exemplars a step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=20, help="channels of the network's first stage")
     parser.add_argument("--per-class", type=int, help="training images of each class at most; all by default")

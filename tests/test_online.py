@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import petiole as pt
-from online import network, noise, samples, stream
+from streaming import network, noise, samples, stream
 from petiole.continual.exemplars import ClassBalanced, Reservoir
 from petiole.continual.learner import Learner, run
 from petiole.continual.online.learner import OnlineLearner

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from online import network, noise, samples, stream
+from streaming import network, noise, samples, stream
 from petiole.continual.exemplars import ClassBalanced, Reservoir
 from petiole.continual.learner import Learner, run
 from petiole.continual.online import baselines

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def inspect(file: PluginFile, as_json: AsJson = False) -> None:
-    """Print everything a file says, with sizes: a plugin, eyes of a language model, or a learner."""
+    """Print everything a file says, with sizes.
+
+    A file is a plugin, the eyes of a language model, or a learner.
+    """
     from ..files.metadata import kind_of
 
     show = {"eyes": _inspect_eyes, "learner": _inspect_learner}.get(kind_of(file) or "", _inspect_classifier)

@@ -15,7 +15,7 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one page about one or several runs: table, curves and matrices."""
+    """Write one page about runs: table, curves, matrices."""
     from ..continual.report import COLUMNS, read_told, row_of, write_stream_report
     from ..train.run import REPORT
     from . import _show
