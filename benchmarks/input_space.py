@@ -5,8 +5,8 @@ patches ── down ── SiLU ── up ──┐
 tokens ── frozen embedding ─────┘
 
 The projector has MemVP's bottleneck, so that what both train can be made equal by LoRA's rank alone. Answers to calls
-as `petiole.Sighted` does: with logits of the text only, and with the prompt before what was generated. `fit_answers`
-trains it without a run folder, for it has no file of its own.
+as `petiole.Sighted` does: with logits of the text only, and with the prompt before what was generated. `vqa.py` trains
+it with the steps of `fit_answers`; it has no file of its own.
 """
 
 import math

@@ -269,7 +269,8 @@ def measure(args: argparse.Namespace, journal: Journal) -> None:
 
     for length, name, phase in itertools.product(args.lengths, NAMES, ("step", "prefill")):
         if key(f"{phase} memory", name, length) not in journal:
-            found = peak(getattr(cell(phase, name, length), phase), args.device)
+            with torch.inference_mode(phase != "step"):
+                found = peak(getattr(cell(phase, name, length), phase), args.device)
             journal.add(key(f"{phase} memory", name, length), {"bytes": found})
     for length, name in itertools.product(args.lengths, NAMES):
         if key("cache", name, length) not in journal:
