@@ -174,7 +174,7 @@ def table(journal: Journal) -> str:
 
     Each cell is read from the runs of the setting that did best on validation images when read this way. `learnt` is
     the accuracy right after an experience, and `drift` how far kernels went since the first one, both of the setting
-    of the column `latest`.
+    of the column `latest`. A cell whose setting has not been run on test is empty.
     """
     cells: dict[tuple[str, ...], list[tuple[dict[str, Any], dict[str, float]]]] = {}
     for run, metrics in journal.runs():
@@ -189,8 +189,9 @@ def table(journal: Journal) -> str:
             tried = cells[task, depth, training, "choose"]
             best = max(tried, key=lambda item: item[1][reading])[0]["settings"]
             row.append([m[metric] for run, m in cells[task, depth, training, "test"] if run["settings"] == best])
-        numbers = " | ".join(mean_and_spread(values) for values in row[:-1])
-        lines.append(f"| {task} | {depth} | {training} | {numbers} | {statistics.mean(row[-1]):.2f} |")
+        numbers = " | ".join(mean_and_spread(values) if values else "" for values in row[:-1])
+        drift = f"{statistics.mean(row[-1]):.2f}" if row[-1] else ""
+        lines.append(f"| {task} | {depth} | {training} | {numbers} | {drift} |")
     return "\n".join(lines)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import petiole as pt
-from streaming import network, noise, samples, stream
 from petiole.continual.exemplars import ClassBalanced, Reservoir
 from petiole.continual.learner import Learner, run
 from petiole.continual.online.learner import OnlineLearner
@@ -19,6 +18,7 @@ from petiole.continual.online.pairs import Hybrid, MultiSimilarity, SupCon
 from petiole.continual.online.rehearsal import AGEM, MIR, DarkExperience, Joint, Rehearsal
 from petiole.continual.streams import smooth
 from petiole.errors import DivergedError, FitError
+from streaming import network, noise, samples, stream
 
 pytest.importorskip("pytorch_metric_learning")
 

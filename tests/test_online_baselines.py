@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from streaming import network, noise, samples, stream
 from petiole.continual.exemplars import ClassBalanced, Reservoir
 from petiole.continual.learner import Learner, run
 from petiole.continual.online import baselines
@@ -18,6 +17,7 @@ from petiole.continual.online.baselines import GDumb
 from petiole.continual.online.learner import OnlineLearner
 from petiole.continual.online.networks import small_resnet
 from petiole.errors import FitError
+from streaming import network, noise, samples, stream
 
 METHODS: dict[str, Callable[..., OnlineLearner]] = {
     "fine-tune": lambda net, exemplars, **more: baselines.fine_tune(net, **more),
