@@ -47,7 +47,8 @@ class GrowingLinear(nn.Module):
         """Returns logits `[B, num_classes]` of features `[B, d_in]`, in the order of `classes`."""
         if not self.blocks:
             return x.new_zeros(len(x), 0)
-        return torch.cat([block(x) for block in self.blocks], 1)
+        logits = [block(x) for block in self.blocks]
+        return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
 
     def rows(self, labels: Tensor) -> Tensor:
         """Returns the row of each label `[B]`; all must be known."""
@@ -59,6 +60,10 @@ def positions(classes: Iterable[int], labels: Tensor) -> Tensor:
     known = list(classes)
     if not known:
         return torch.full_like(labels, -1)
+    if labels.device.type == "cpu":
+        # a few tens of numbers are sooner looked up one by one than by a handful of small operations
+        places = {label: place for place, label in enumerate(known)}
+        return labels.new_tensor([places.get(label, -1) for label in labels.tolist()])
     table = labels.new_full((max(known) + 2,), -1)
     table[torch.tensor(known, device=labels.device)] = torch.arange(len(known), device=labels.device)
     return table[labels.clamp(max=max(known) + 1)]

@@ -90,9 +90,11 @@ class OnlineLearner(Learner):
         self._means: tuple[Tensor, list[int]] | None = None
 
     def observe(self, x: Tensor, y: Tensor) -> None:
-        self.network.train()
-        self.objective.train()
-        x, y = x.to(self.device), y.to(self.device)
+        # a walk through all modules, which need not be taken at every step
+        if not self.network.training:
+            self.network.train()
+        device = self.device
+        x, y = x.to(device), y.to(device)
         self._steps.zero_grad()
         more = self.rehearsal.backward(self, x, y)
         for group in self._steps.param_groups:
@@ -144,8 +146,11 @@ class OnlineLearner(Learner):
             y: Labels `[B]`.
         """
         augment, generator = self.augment, self._generator
-        seen = [x] if augment is None else [augment(x, generator) for _ in range(self.views)]
-        features, labels = self.network(self._normalized(torch.cat(seen))), y.repeat(self.views)
+        if augment is not None:
+            views = [augment(x, generator) for _ in range(self.views)]
+            x = views[0] if len(views) == 1 else torch.cat(views)
+        labels = y if self.views == 1 else y.repeat(self.views)
+        features = self.network(self._normalized(x))
         if new := self.objective.meet(features.detach(), labels):
             self._steps.add_param_group({"params": new})
         return features, labels
@@ -174,7 +179,8 @@ class OnlineLearner(Learner):
         num = self.replay if num is None else num
         if not num or not self.exemplars:
             return ()
-        return tuple(t.to(self.device) for t in self.exemplars.sample(num))
+        device = self.device
+        return tuple(t.to(device) for t in self.exemplars.sample(num))
 
     def state(self) -> dict[str, Any]:
         index = {id(p): name for name, p in self.trained.items()}

@@ -120,9 +120,9 @@ class _ByRows(Objective):
         return list(block.parameters())
 
     def forward(self, features: Tensor, labels: Tensor, is_incoming: Tensor) -> Tensor:
-        classes = torch.tensor(self.classes, device=labels.device)
         logits = self.logits(features)
         if self.negatives == "incoming":
+            classes = torch.tensor(self.classes, device=labels.device)
             logits = logits.masked_fill(~self._may_repel(labels, is_incoming, classes), -torch.inf)
         return F.cross_entropy(logits, positions(self.classes, labels))
 

@@ -6,6 +6,7 @@ AGEM            from the batch, in a direction that does not harm the exemplars
 DarkExperience  from the batch, from exemplars, and from what was said of exemplars when they came
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -161,8 +162,8 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _learn_jointly(learner: "OnlineLearner", x: Tensor, y: Tensor, drawn: tuple[Tensor, ...]) -> None:
-    batches = [(x, y), (drawn[0], drawn[1])] if drawn else [(x, y)]
-    learner.loss(*_joined(batches), len(y)).backward()
+    whole = _joined([(x, y), (drawn[0], drawn[1])]) if drawn else (x, y)
+    learner.loss(*whole, len(y)).backward()
 
 
 @torch.no_grad()
@@ -194,6 +195,6 @@ def finite(loss: Tensor) -> Tensor:
     Raises:
         DivergedError: It is not finite.
     """
-    if not torch.isfinite(loss):
-        raise DivergedError(f"the loss is {loss.item()}: lower lr, or look at the inputs")
+    if not math.isfinite(value := loss.item()):
+        raise DivergedError(f"the loss is {value}: lower lr, or look at the inputs")
     return loss
