@@ -170,28 +170,30 @@ def run_all(journal: Journal, args: argparse.Namespace) -> None:
 
 
 def table(journal: Journal) -> str:
-    """Returns final test accuracies as Markdown: a row a way to train, a column a way to read.
+    """Returns final test accuracies as Markdown, a table a task and depth: a row a way to read, a column one to train.
 
     Each cell is read from the runs of the setting that did best on validation images when read this way. `learnt` is
-    the accuracy right after an experience, and `drift` how far kernels went since the first one, both of the setting
-    of the column `latest`. A cell whose setting has not been run on test is empty.
+    the accuracy right after an experience, and `drift` how far kernels went since the first one, in percent, both of
+    the setting of the row `latest`. A cell whose setting has not been run on test is empty.
     """
-    cells: dict[tuple[str, ...], list[tuple[dict[str, Any], dict[str, float]]]] = {}
+    cells: dict[tuple[str, int], dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, float]]]]] = {}
     for run, metrics in journal.runs():
-        cells.setdefault((run["task"], str(run["depth"]), run["training"], run["phase"]), []).append((run, metrics))
-    lines = [f"| task | depth | training | {' | '.join(READINGS)} | learnt | drift |"]
-    lines.append("|---|---:|---|" + "---:|" * (len(READINGS) + 2))
-    for task, depth, training, phase in cells:
-        if phase != "test":
-            continue
-        row = []
-        for reading, metric in [*zip(READINGS, READINGS, strict=True), ("latest", "learnt"), ("latest", "drift")]:
-            tried = cells[task, depth, training, "choose"]
+        group = cells.setdefault((run["task"], run["depth"]), {})
+        group.setdefault((run["training"], run["phase"]), []).append((run, metrics))
+    return "\n\n".join(f"{task}, ResNet-{depth}\n\n{_of_one(group)}" for (task, depth), group in cells.items())
+
+
+def _of_one(cells: Mapping[tuple[str, str], list[tuple[dict[str, Any], dict[str, float]]]]) -> str:
+    trainings = [training for training in TRAININGS if (training, "test") in cells]
+    lines = [f"| | {' | '.join(trainings)} |", "|---|" + "---:|" * len(trainings)]
+    for metric in (*READINGS, "learnt", "drift"):
+        row, reading = [metric], metric if metric in READINGS else "latest"
+        for training in trainings:
+            tried = cells[training, "choose"]
             best = max(tried, key=lambda item: item[1][reading])[0]["settings"]
-            row.append([m[metric] for run, m in cells[task, depth, training, "test"] if run["settings"] == best])
-        numbers = " | ".join(mean_and_spread(values) if values else "" for values in row[:-1])
-        drift = f"{statistics.mean(row[-1]):.2f}" if row[-1] else ""
-        lines.append(f"| {task} | {depth} | {training} | {numbers} | {drift} |")
+            found = [m[metric] for run, m in cells[training, "test"] if run["settings"] == best]
+            row.append(mean_and_spread(found) if found else "")
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 

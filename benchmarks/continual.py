@@ -209,12 +209,16 @@ PARTS = {"overhead": overhead, "avalanche": avalanche, "cache": cache}
 
 
 def tables(journal: Journal) -> str:
-    """Returns what was measured as Markdown, a table a setting; bold is what misses an aim."""
+    """Returns what was measured as Markdown, a table a setting; bold is what misses an aim.
+
+    `other` is the plain loop, Avalanche or what has no cache; `found` is what the aim is about, with the lowest and the
+    highest round.
+    """
     groups: dict[str, list[list[str]]] = {}
     for asked, found in journal.runs():
         about = ", ".join(f"{key} {asked[key]}" for key in ("machine", "torch", "threads"))
         groups.setdefault(about, []).append(_row(asked, found))
-    head = ["", "plain loop, Avalanche or no cache [ms]", "petiole [ms]", "more [ms]", "times faster", "aim"]
+    head = ["", "other [ms]", "petiole [ms]", "found", "aim"]
     return "\n\n".join(f"{about}\n\n{table(head, rows)}" for about, rows in groups.items())
 
 
@@ -222,11 +226,10 @@ def _row(asked: Mapping[str, Any], found: Mapping[str, float]) -> list[str]:
     is_overhead = asked["part"] == "overhead"
     is_missed = found["more"] > MOST_MORE if is_overhead else found["faster"] < LEAST_FASTER[asked["part"]]
     aim = f"{MOST_MORE:g} ms more" if is_overhead else f"{LEAST_FASTER[asked['part']]:g} times faster"
-    cells = [
-        f"{found[key]:.3f} ({found[f'least_{key}']:.3f} .. {found[f'most_{key}']:.3f})" for key in ("more", "faster")
-    ]
-    cells[not is_overhead] = f"**{cells[not is_overhead]}**" if is_missed else cells[not is_overhead]
-    return [f"{asked['part']}: {asked['what']}", f"{found['other']:.3f}", f"{found['ours']:.3f}", *cells, aim]
+    key = "more" if is_overhead else "faster"
+    cell = f"{found[key]:.3f} ({found[f'least_{key}']:.3f} .. {found[f'most_{key}']:.3f})"
+    times = [f"{found[side]:.3f}" for side in ("other", "ours")]
+    return [f"{asked['part']}: {asked['what']}", *times, f"**{cell}**" if is_missed else cell, aim]
 
 
 def main() -> None:

@@ -65,6 +65,8 @@ REPLAYING: Mapping[str, tuple[Callable[..., Head], Grid]] = {
     "ER-ACE": (ERACE, RATES),
     "DER++": (DERpp, {"lr": RATES["lr"][:4], "alpha": (0.5, 3.0), "beta": (1.0, 4.0)}),
     "TAER": (TAER, RATES),
+    # says why TAER falls behind, and is no contestant: no other head may choose a weight decay
+    "TAER, decayed": (partial(TAER, weight_decay=1e-3), {"lr": RATES["lr"][3:6]}),
 }
 # head from seed and settings
 OTHERS: Mapping[str, tuple[Callable[..., Head], Grid]] = {
@@ -86,7 +88,7 @@ def main() -> None:
         run_all(journal, args)
     for name in SETS:
         if rows := cells(journal, name):
-            print(f"\n{name}\n\n{table(rows)}\n\n{verdict(rows)}")
+            print(f"\n{name}\n\n{table(rows)}\n\n{verdict(rows)}\n\n{rates(journal, name)}")
 
 
 def run_all(journal: Journal, args: argparse.Namespace) -> None:
@@ -168,23 +170,19 @@ def arrays(samples: CachedFeatures, classes: Any, per_class: int | None = None) 
 
 
 def cells(journal: Journal, name: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Returns the reported runs of a set, by head and exemplars of each class, in the order of the table.
-
-    Where a journal has tests of several settings of a head, from grids that grew, those of the one chosen count.
-    """
-    found: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {cell: {} for cell in CELLS}
-    scores: dict[tuple[str, int, str], float] = {}
+    """Returns the reported runs of a set, by head and exemplars of each class, in the order of the table."""
+    found: dict[str, dict[tuple[str, int], list[dict[str, Any]]]] = {"choose": {}, "test": {}}
     for asked, metrics in journal.runs():
-        cell, words = (asked["head"], asked["per_class"]), str(sorted(asked["settings"].items()))
-        if (asked["set"], asked["phase"]) == (name, "test"):
-            found[cell].setdefault(words, []).append({**asked, **metrics})
-        elif asked["set"] == name:
-            scores[*cell, words] = metrics["final_average"]
-    return {
-        cell: max(tested.items(), key=lambda item: scores.get((*cell, item[0]), 0.0))[1]
-        for cell, tested in found.items()
-        if tested
+        if asked["set"] == name:
+            cell = asked["head"], asked["per_class"]
+            found[asked["phase"]].setdefault(cell, []).append({**asked, **metrics})
+    best = {cell: max(rows, key=lambda row: row["final_average"]) for cell, rows in found["choose"].items()}
+    # a journal may have runs of settings that were best before others were tried
+    tests = {
+        cell: [row for row in rows if row["settings"] == best.get(cell, row)["settings"]]
+        for cell, rows in found["test"].items()
     }
+    return {cell: tests[cell] for cell in CELLS if tests.get(cell)}
 
 
 def table(found: Mapping[tuple[str, int], list[dict[str, Any]]]) -> str:
@@ -200,6 +198,21 @@ def table(found: Mapping[tuple[str, int], list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def rates(journal: Journal, name: str) -> str:
+    """Returns the final averages that learning rates were chosen by as Markdown, the best of any other setting."""
+    best: dict[tuple[str, int], dict[float, float]] = {}
+    for asked, metrics in journal.runs():
+        if (asked["set"], asked["phase"]) == (name, "choose") and "lr" in asked["settings"]:
+            row, lr = best.setdefault((asked["head"], asked["per_class"]), {}), asked["settings"]["lr"]
+            row[lr] = max(row.get(lr, 0.0), metrics["final_average"])
+    lines = [f"| chosen by, at lr | exemplars | {' | '.join(map(str, RATES['lr']))} |"]
+    lines.append("|---|" + "---:|" * (1 + len(RATES["lr"])))
+    for head, size in (cell for cell in CELLS if cell in best):
+        numbers = [f"{100 * best[head, size][lr]:.1f}" if lr in best[head, size] else "" for lr in RATES["lr"]]
+        lines.append(f"| {head} | {size or ''} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
 def verdict(found: Mapping[tuple[str, int], list[dict[str, Any]]]) -> str:
     """Returns what became of the claims, by exemplars of each class; bold is what falls short."""
     finals = {cell: statistics.mean(row["final_average"] for row in rows) for cell, rows in found.items()}
@@ -209,7 +222,7 @@ def verdict(found: Mapping[tuple[str, int], list[dict[str, Any]]]) -> str:
 def _verdicts(finals: Mapping[tuple[str, int], float]) -> Iterator[str]:
     for size in (size for size in SIZES if ("TAER", size) in finals):
         own = finals["TAER", size]
-        others = {head: value for (head, s), value in finals.items() if s == size and head != "TAER"}
+        others = {head: value for (head, s), value in finals.items() if s == size and not head.startswith("TAER")}
         words = [f"TAER with {size} of each class: {100 * own:.1f}"]
         if others:
             best = max(others, key=lambda head: others[head])

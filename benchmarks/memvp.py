@@ -11,10 +11,11 @@ CPU thread, wall-clock time otherwise.
 
 `step` is a training step: forward, backward, optimizer. For text alone, where nothing is trained, it is forward, and
 backward through every layer. `prefill` is the pass over the prompt of one text that fills the cache, `decode` the one
-for a further token. LoRA is only there in training, for it can be merged. `MACs` is the promise, the ratio of the
-multiply-accumulate operations of layers and projector. `peak` is what a pass needs at most beside what was there
-before: memory allocated on a GPU, resident memory of a fresh process on a CPU (Linux). Bold is what misses its aim.
-Every row is a line of a journal: a stopped run goes on where it was, and `--known` prints what there is.
+for a further token; `x` is over text alone. LoRA is only there in training, for it can be merged. `MACs` is the
+promise, the ratio of the multiply-accumulate operations of layers and projector. `[MiB]` is what a pass needs at most
+beside what was there before: memory allocated on a GPU, resident memory of a fresh process on a CPU (Linux). Bold is
+what misses its aim. Every row is a line of a journal: a stopped run goes on where it was, and `--known` prints what
+there is.
 """
 
 import argparse
@@ -229,8 +230,8 @@ def tables(rows: Iterable[tuple[Row, Row]]) -> Iterator[str]:
     for shared, group in groups.items():
         about = dict(shared)
         config, length = config_of(about["shape"]), about["length"]
-        head = ["", "step [ms]", "x text", "MACs", "peak [MiB]", "prefill [ms]", "x text", "MACs", "peak [MiB]"]
-        head += ["decode [ms]", "x text", "MACs", "cache [MiB]"]
+        head = ["", "step [ms]", "x", "MACs", "[MiB]", "prefill [ms]", "x", "MACs", "[MiB]"]
+        head += ["decode [ms]", "x", "MACs", "cache [MiB]"]
         cells = [line(config, name, length, group) for name in NAMES]
         faster = group["step", INPUT][f"over_{MEMORY}"]
         mark = "**" * (length == BAR_LENGTH and faster < STEP_BAR)

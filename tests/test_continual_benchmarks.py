@@ -107,11 +107,22 @@ def test_a_table_has_a_line_for_each_head_and_size(heads: types.ModuleType, tmp_
     for seed, final in ((0, 0.25), (1, 0.75)):
         journal.add(asked(seed=seed), metrics | {"final_average": final})
     journal.add(asked(head="SLDA", per_class=0, settings={}), metrics)
-    journal.add(asked(phase="choose"), metrics)
+    for lr, final in ((0.1, 0.6), (0.3, 0.5)):
+        journal.add(asked(phase="choose", settings={"lr": lr}), metrics | {"final_average": final})
+    journal.add(asked(settings={"lr": 0.3}), metrics)  # was best once
     assert heads.table(heads.cells(journal, "tiny")).splitlines()[2:] == [
         "| TAER | 1 | lr 0.1 | 50.0 +- 35.4 | 50.0 +- 0.0 | 50.0 +- 0.0 | 50.0 +- 0.0 | 2.0 |",
         "| SLDA |  |  | 50.0 | 50.0 | 50.0 | 50.0 | 2.0 |",
     ]
+
+
+def test_rates_are_compared_at_the_best_of_other_settings(heads: types.ModuleType, tmp_path: Path) -> None:
+    journal, metrics = heads.Journal(tmp_path / "heads.jsonl"), dict.fromkeys(heads.METRICS, 0.5)
+    for lr, alpha, final in ((0.01, 0.5, 0.2), (0.01, 3.0, 0.4), (0.1, 0.5, 0.3)):
+        run = asked(head="DER++", phase="choose", settings={"lr": lr, "alpha": alpha})
+        journal.add(run, metrics | {"final_average": final})
+    journal.add(asked(), metrics)
+    assert heads.rates(journal, "tiny").splitlines()[2:] == ["| DER++ | 1 |  |  | 40.0 |  | 30.0 |  |  |"]
 
 
 @pytest.mark.parametrize(
