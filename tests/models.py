@@ -81,6 +81,21 @@ def _hf_clip_classifier() -> nn.Module:
     return randomised(transformers.CLIPForImageClassification(config))
 
 
+def _hf_siglip(cls: str, **settings: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        transformers = pytest.importorskip("transformers")
+        vision = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+        vision |= {"image_size": 32, "patch_size": 8, **settings}
+        config = transformers.SiglipVisionConfig(**vision)
+        if cls == "SiglipForImageClassification":
+            text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+            text |= {"bos_token_id": 0, "eos_token_id": 1}
+            config = transformers.SiglipConfig(text_config=text, vision_config=vision, num_labels=CLASSES)
+        return randomised(getattr(transformers, cls)(config))
+
+    return make
+
+
 def _torchvision(**settings: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         from torchvision.models import VisionTransformer
@@ -148,6 +163,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "hf_clip": _hf_clip("CLIPVisionModel", attention_dropout=0.1),
     "hf_clip_projection": _hf_clip("CLIPVisionModelWithProjection"),
     "hf_clip_classifier": _hf_clip_classifier,
+    "hf_siglip": _hf_siglip("SiglipVisionModel", attention_dropout=0.1),
+    "hf_siglip_classifier": _hf_siglip("SiglipForImageClassification"),
     "torchvision": _torchvision(dropout=0.1, attention_dropout=0.1),
     "torchvision_representation": _torchvision(representation_size=24),
     "open_clip": _open_clip(ls_init_value=1.0, patch_dropout=0.3),

@@ -31,6 +31,7 @@ FAMILIES = {
     "transformers ViT": "hf_vit",
     "transformers DINOv2": "hf_dinov2",
     "transformers CLIP": "hf_clip_classifier",
+    "transformers SigLIP": "hf_siglip_classifier",
     "torchvision ViT": "torchvision",
     "open_clip ViT": "open_clip_plain",
 }

@@ -393,7 +393,7 @@ def test_features_are_those_of_the_block(block: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["hf_clip", "siglip", "swin", "hf_dinov2_registers", "open_clip_plain"])
+@pytest.mark.parametrize("name", ["hf_clip", "hf_siglip", "siglip", "swin", "hf_dinov2_registers", "open_clip_plain"])
 def test_every_encoder_with_a_view_can_be_eyes(name: str) -> None:
     model = sighted(eyes=eyes(name), slots=80)
     found = model(random(2, 3, 32, 32), input_ids=tokens(2, 5)).logits

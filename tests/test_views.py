@@ -23,11 +23,11 @@ from petiole.core.taps import Step, Taps
 RANDOM_IN_TRAINING = [
     "vit", "vit_unfused", "vit_patch_drop", "deit3", "beit", "beit_unfused", "eva", "eva02", "eva02_post_norm",
     "eva_dynamic", "dinov3", "swin", "swin_unfused", "hf_vit", "hf_dinov2", "hf_dinov2_registers", "hf_clip",
-    "torchvision", "open_clip",
+    "hf_siglip", "torchvision", "open_clip",
 ]  # fmt: skip
 # families whose attention knows where on the grid every token is
 BOUND = [n for n in MODELS if n.startswith(("beit", "eva_", "eva02", "dinov3", "swin")) and n != "eva02_post_norm"]
-DROP_PATH_FREE = ("hf_vit", "hf_clip", "torchvision", "open_clip")
+DROP_PATH_FREE = ("hf_vit", "hf_clip", "hf_siglip", "torchvision", "open_clip")
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -483,7 +483,12 @@ def test_open_clip_tower_in_other_shape_is_refused() -> None:
 
 
 def test_merge_of_a_bare_model_names_the_class_with_a_classifier() -> None:
-    for name, family in (("hf_vit_bare", "ViT"), ("hf_dinov2_bare", "Dinov2"), ("hf_clip", "CLIP")):
+    for name, family in (
+        ("hf_vit_bare", "ViT"),
+        ("hf_dinov2_bare", "Dinov2"),
+        ("hf_clip", "CLIP"),
+        ("hf_siglip", "Siglip"),
+    ):
         model = pt.adapt(MODELS[name](), classes=["cat", "dog"])
         with pytest.raises(pt.MergeError, match=f"load the backbone as {family}ForImageClassification"):
             pt.merge(model)

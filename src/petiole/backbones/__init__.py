@@ -26,6 +26,8 @@ VIEWS = {
     "transformers.models.dinov2.modeling_dinov2.Dinov2Model": ("hf_dinov2", "HFDinov2"),
     f"{_REGISTERS}.Dinov2WithRegistersForImageClassification": ("hf_dinov2", "HFDinov2"),
     f"{_REGISTERS}.Dinov2WithRegistersModel": ("hf_dinov2", "HFDinov2"),
+    "transformers.models.siglip.modeling_siglip.SiglipForImageClassification": ("hf_siglip", "HFSiglip"),
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": ("hf_siglip", "HFSiglip"),
     "transformers.models.vit.modeling_vit.ViTForImageClassification": ("hf_vit", "HFViT"),
     "transformers.models.vit.modeling_vit.ViTModel": ("hf_vit", "HFViT"),
 }
