@@ -1,6 +1,7 @@
 """transformers' SigLIP image tower: SiglipVisionModel, SiglipForImageClassification."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from ..core.flow import Flow
 from ..core.taps import Taps
 from ._hf import HFView
 from ._parts import need
-from ._plain import Wiring
 from ._pooling import mean_of_patches
+from .hf_clip import HFCLIP
 
 
 class HFSiglip(HFView):
@@ -20,19 +21,7 @@ class HFSiglip(HFView):
     attention pools.
     """
 
-    wiring = Wiring(
-        blocks="encoder.layers",
-        norm1="layer_norm1",
-        attn="self_attn",
-        proj="out_proj",
-        after1=(),
-        norm2="layer_norm2",
-        fc1="mlp.fc1",
-        act=("mlp.activation_fn",),
-        fc2="mlp.fc2",
-        after2=(),
-        norm="post_layernorm",
-    )
+    wiring = replace(HFCLIP.wiring, norm="post_layernorm")
     patches = "embeddings.patch_embedding"
     dropout = "dropout"
     scale = "scale"

@@ -126,6 +126,7 @@ def fit(
     if continued is not None:
         data, learner = taken_up(data, info.classes), f"{continued.stem}-continued"
     folder = out or Path("runs") / re.sub(r"[^\w.+-]+", "-", f"{data.name}-{learner}")
+    joined = data.joined().train
     with goes_on(folder):
         if is_fresh:
             rest = Rest(
@@ -143,11 +144,14 @@ def fit(
             else:
                 base = build(backbone, pretrained=pretrained)
             if is_auto:
-                tried = _chosen(partial(made, base=base, rest=rest), data, plan, folder, is_shown=not as_json)
+                # every head stands on the same features: they are seen once for all
+                train = _seen(made("ncm", base, rest, {}), joined, "train", folder)
+                tried = _chosen(partial(made, base=base, rest=rest), data, train, plan, is_shown=not as_json)
                 learner, words = tried[0].name, tried[0].settings
                 about["chosen"] = learner
             found = made(learner, base, rest, words)
-        train = _seen(found, data.joined().train, "train", folder)
+        if not is_auto:
+            train = _seen(found, joined, "train", folder)
         test = None if data.test is None else _seen(found, data.test, "test", folder)
         stream = plan.stream(train, test, classes=data.classes)
         _show.say(f"{data.name}: {len(stream)} experiences, {len(train)} images, into {folder}")
@@ -198,14 +202,16 @@ def _seen(learner: "Learner", images: "Split", part: str, folder: Path) -> "Samp
         )
 
 
-def _chosen(make: Callable[..., "Learner"], data: "Task", plan: "Plan", folder: Path, is_shown: bool) -> list["Tried"]:
+def _chosen(
+    make: Callable[..., "Learner"], data: "Task", samples: "Samples", plan: "Plan", is_shown: bool
+) -> list["Tried"]:
     """Returns the candidates, the best first."""
     from ..continual.choosing import CANDIDATES, choose
     from ..continual.sources import parted
     from ..train.progress import Progress
     from . import _show
 
-    train, val = parted(_seen(make("ncm", settings={}), data.joined().train, "train", folder), data)
+    train, val = parted(samples, data)
     with Progress("choosing a learner", len(CANDIDATES), is_aside=True) as bar:
         tried = choose(
             CANDIDATES,

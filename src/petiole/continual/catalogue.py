@@ -22,6 +22,8 @@ from .features import Extractor
 from .heads import HeadLearner
 from .learner import Learner
 from .online.augment import CropColour, ShiftFlip
+from .online.baselines import GDumb
+from .online.learner import OnlineLearner
 from .store import Exemplars
 
 Kind = Literal["head", "online", "tuned"]
@@ -33,9 +35,12 @@ POLICIES: Mapping[str, type[Exemplars]] = {
 }
 AUGMENTATIONS: Mapping[str, Callable[[], Any] | None] = {"none": None, "shift": ShiftFlip, "crop": CropColour}
 # what is made from something else than a word
-_GIVEN = ("network", "backbone", "exemplars", "prepare", "input_size", "num_classes", "settings", "mean", "seed")
-# what all learners of the kind `online` can be told
-_ONLINE = {"lr": 0.1, "replay": 32, "views": 1, "renorm": True}
+_GIVEN = (
+    "network", "backbone", "exemplars", "prepare", "input_size", "num_classes", "settings", "mean", "seed", "augment",
+    "normalize", "optimizer",
+)  # fmt: skip
+# settings of `OnlineLearner` that the functions of `online.baselines` hand on
+_ONLINE = ("lr", "replay", "views", "renorm")
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,10 @@ def settings_of(name: str) -> dict[str, Any]:
         and parameter.default is not parameter.empty
         if isinstance(parameter.default, bool | int | float | str | list | tuple | type(None))
     }
-    own = {key: value for key, value in own.items() if key not in ("augment", "normalize", "optimizer")}
-    return {**(_ONLINE if found.kind == "online" and name != "gdumb" else {}), **own}
+    if found.kind != "online" or found.make is GDumb:
+        return own
+    shared = inspect.signature(OnlineLearner).parameters
+    return {**{key: shared[key].default for key in _ONLINE}, **own}
 
 
 @dataclass(frozen=True, kw_only=True)
