@@ -1,6 +1,5 @@
 """`benchmarks/heads.py` and `benchmarks/continual.py`: tiny runs of them, and their tables from rows that are known."""
 
-import importlib.util
 import json
 import sys
 import types
@@ -12,32 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmark_modules import load_benchmark
+
 Arrays = tuple[Tensor, Tensor]
-
-
-def module(name: str) -> types.ModuleType:
-    """Returns a benchmark as a module, beside its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        spec.loader.exec_module(loaded)
-    return loaded
 
 
 @pytest.fixture(scope="module")
 def heads() -> types.ModuleType:
-    loaded = module("heads")
+    loaded = load_benchmark("heads")
     loaded.NUM_EXPERIENCES = 2
     return loaded
 
 
 @pytest.fixture(scope="module")
 def continual() -> types.ModuleType:
-    return module("continual")
+    return load_benchmark("continual")
 
 
 def features(seed: int, each: int = 6) -> Arrays:

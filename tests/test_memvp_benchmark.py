@@ -1,6 +1,5 @@
 """Counts and tables of `benchmarks/memvp.py`, from rows whose numbers are known, and a run of it on a tiny model."""
 
-import importlib.util
 import json
 import types
 from pathlib import Path
@@ -8,21 +7,16 @@ from typing import Any
 
 import pytest
 
+from benchmark_modules import load_benchmark
+
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def memvp() -> types.ModuleType:
     """The benchmark as a module, beside its neighbours."""
-    spec = importlib.util.spec_from_file_location("memvp_benchmark", BENCHMARKS / "memvp.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        spec.loader.exec_module(module)
-    return module
+    return load_benchmark("memvp")
 
 
 def rows(length: int = 64, prefill: float = 1.02, faster: float = 4.0, cache: int = 2**20) -> list[tuple[Any, Any]]:

@@ -1,25 +1,19 @@
 """Tables of `benchmarks/tokens.py`, from rows whose numbers are known."""
 
-import importlib.util
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmark_modules import load_benchmark
+
 SHARED = {"machine": "abacus", "torch": "2", "dtype": "fp16", "threads": 1, "compile": False, "batch": 8}
 
 
 @pytest.fixture(scope="module")
 def tokens() -> types.ModuleType:
     """The benchmark as a module, beside its neighbours."""
-    spec = importlib.util.spec_from_file_location("tokens_benchmark", BENCHMARKS / "tokens.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        spec.loader.exec_module(module)
-    return module
+    return load_benchmark("tokens")
 
 
 def row(r: int, macs: float, speed_up: float, *, device: str = "cpu", method: str = "tome") -> tuple[Any, Any]:

@@ -1,7 +1,6 @@
 """The floor and the tables of `benchmarks/vqa.py` from rows that are known, and a run of it on a tiny model."""
 
 import gzip
-import importlib.util
 import io
 import json
 import random
@@ -14,22 +13,16 @@ import pytest
 
 import petiole as pt
 from asking import make_images, make_language_model, make_questions, make_tokenizer
+from benchmark_modules import load_benchmark
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def vqa() -> types.ModuleType:
     """The benchmark as a module, beside its neighbours."""
-    spec = importlib.util.spec_from_file_location("vqa_benchmark", BENCHMARKS / "vqa.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        spec.loader.exec_module(module)
-    return module
+    return load_benchmark("vqa")
 
 
 def test_floor_is_that_of_a_plain_loop(vqa: types.ModuleType) -> None:
