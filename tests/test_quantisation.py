@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.special import ndtr
 
 from petiole.nn.codebook import levels
-from petiole.nn.packing import pack, unpack
+from petiole.nn.packing import look_up, pack, unpack
 from petiole.nn.quantisation import decode, encode, quantise, statistics
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "codebooks.json").read_text())
@@ -109,6 +109,13 @@ def test_packed_codes_come_back_however_many(bits: int, shape: tuple[int, ...]) 
 )
 def test_the_first_code_is_in_the_lowest_bits(codes: list[int], bits: int, expected: list[int]) -> None:
     assert pack(torch.tensor(codes), bits).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_levels_of_packed_codes_are_those_of_the_table(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (13,), generator=torch.Generator().manual_seed(0))
+    table = normal(2**bits)
+    assert look_up(pack(codes, bits), table, 13).tolist() == [table[code].item() for code in codes]
 
 
 def test_bytes_of_another_length_are_refused() -> None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PluginFileError
-from ..nn.packing import pack, unpack
 from ..nn.weights import quantised
 
 
@@ -14,10 +13,9 @@ def packed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Returns a model's tensors with every group of latent ones as `NAME.codes` and `NAME.statistics`."""
     found = dict(tensors)
     for name, weights in quantised(model):
-        codes, statistics = weights.encoded()
         for key in weights:
             del found[f"{name}.{key}"]
-        found[f"{name}.codes"], found[f"{name}.statistics"] = pack(codes, weights.bits), statistics
+        found[f"{name}.codes"], found[f"{name}.statistics"] = weights.encoded()
     return found
 
 
@@ -50,6 +48,6 @@ def unpacked(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dic
                 f"{where}: {name}.statistics should be {num_matrices} finite means and deviations, found "
                 f"{list(statistics.shape)}"
             )
-        weights.hold(unpack(codes, weights.bits, (num,)), statistics)
+        weights.hold(codes, statistics)
         found |= {f"{name}.{key}": tensor for key, tensor in weights.state_dict().items()}
     return found

@@ -16,7 +16,7 @@ from ..nn.weights import FULL, QuantisedLinear, Weights
 from ..plugins.adaptformer import AdaptFormer
 from ..plugins.lora import LoRA
 from .container import atomic_write, read_bytes
-from .official_bytes import KEEP, Official, checked_bits, decode, encode, method_and_head_bits
+from .official_bytes import KEEP, Official, checked_bits, decode, encode, method_and_head_bits, num_code_bytes
 
 __all__ = ["Official", "decode", "encode", "load_official", "save_official"]
 
@@ -126,6 +126,9 @@ def save_official(model: Adapted, path: str | os.PathLike[str]) -> int:
         raise PluginFileError(f"an official file holds a head of 1 or {FULL} bits, the model has {found}: {KEEP}")
     _size(plugin.sites, _ROLES[plugin.method], head.in_features)
     down, up = (weights.encoded() for weights in _sides(plugin))
+    for weights in (*_sides(plugin), *([head.weight] if isinstance(head, QuantisedLinear) else [])):
+        for matrices in weights.parameters():
+            num_code_bytes(matrices.shape[-2:].numel(), weights.bits)
     last = head.weight.encoded() if isinstance(head, QuantisedLinear) else (head.weight, head.bias)
     dim = plugin.dim if isinstance(plugin, AdaptFormer) else plugin.rank
     data = encode(Official(plugin.method, dim, bits, down, up, model.head_bits, last))

@@ -11,7 +11,6 @@ Source: Jie, Wang and Deng, 2023, arXiv 2307.16867, the files beside the authors
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..errors import PluginFileError, nearest
-from ..nn.packing import pack, unpack
 from ..nn.weights import FULL
 
 Pair = tuple[Tensor, Tensor]
@@ -42,8 +40,8 @@ class Official:
         method: `adaptformer` or `lora`.
         dim: Width of the bottleneck, or rank.
         bits: Bits per weight of the plugin: 1, 2 or 4.
-        down: Codes of all down projections, uint8 `[num]`, and float32 mean and deviation of each `[num_matrices, 2]`,
-            as `Weights.hold` takes them.
+        down: Codes of all down projections, packed, and float32 mean and deviation of each `[num_matrices, 2]`, as
+            `Weights.hold` takes them.
         up: The same of the up projections.
         head_bits: 1 or 32.
         head: Codes and statistics at 1 bit, else weight `[C, width]` and bias `[C]`.
@@ -151,12 +149,12 @@ def decode(
         advice = layout.advice(len(data))
         raise PluginFileError(f"{where} has {len(data)} bytes, but {layout} has {low} and {high}: {advice}")
     first, last = data[: -layout.head], data[-layout.head :]
-    down, up = _pairs(first, dim * width, bits, 2)
+    down, up = _pairs(first, num_code_bytes(dim * width, bits), 2)
     if head_bits == FULL:
         numbers = torch.from_numpy(np.frombuffer(last, "<f4").astype(np.float32))
         head = numbers[:-num_classes].reshape(num_classes, width), numbers[-num_classes:]
     else:
-        (head,) = _pairs(last, num_classes * width, 1, 1)
+        (head,) = _pairs(last, num_code_bytes(num_classes * width, 1), 1)
     official = Official(name, dim, bits, down, up, head_bits, head)
     if (fault := _fault(official)) is not None:
         raise PluginFileError(f"{where}, read as {layout} at dim {dim}, has {fault}: {layout.advice(len(data))}")
@@ -167,7 +165,7 @@ def encode(official: Official) -> bytes:
     """Returns the bytes that `decode` reads as this.
 
     Raises:
-        PluginFileError: The format has no such bits, matrices do not fill whole bytes, or a number is not finite.
+        PluginFileError: A number is not finite.
 
     Example:
         >>> encode(decode(bytes(2888), "adaptformer-bihead", num_classes=4)) == bytes(2888)
@@ -175,9 +173,9 @@ def encode(official: Official) -> bytes:
     """
     if (fault := _fault(official)) is not None:
         raise PluginFileError(f"an official file cannot hold {fault}: use an earlier state of the training")
-    matrices = _bytes([official.down, official.up], checked_bits(official.bits))
+    matrices = _bytes(official.down, official.up)
     if official.head_bits == 1:
-        return matrices + _bytes([official.head], 1)
+        return matrices + _bytes(official.head)
     return matrices + b"".join(
         tensor.detach().float().cpu().numpy().astype("<f4").tobytes() for tensor in official.head
     )
@@ -221,29 +219,37 @@ def _fault(official: Official) -> str | None:
     return None
 
 
-def _matrix(num: int, bits: int) -> "np.dtype[np.void]":
-    """Returns how the bytes of a matrix of so many numbers lie."""
+def num_code_bytes(num: int, bits: int) -> int:
+    """Returns the bytes that the codes of a matrix of so many numbers fill.
+
+    Raises:
+        PluginFileError: They fill no whole bytes.
+    """
     if left := num * bits % 8:
         raise PluginFileError(
             f"a matrix of {num} numbers has {num * bits} bits, which fill no whole bytes, and the original code never "
             f"writes the last {left // bits}: choose another dim or class count; {KEEP}"
         )
-    return np.dtype([("codes", "u1", (num * bits // 8,)), ("statistics", "<f4", (2,))])
+    return num * bits // 8
 
 
-def _pairs(data: bytes, num: int, bits: int, sides: int) -> list[Pair]:
-    """Returns codes and statistics of matrices of so many numbers, for each of so many that take turns."""
-    matrices = np.frombuffer(data, _matrix(num, bits)).reshape(-1, sides)
+def _matrix(num_bytes: int) -> "np.dtype[np.void]":
+    """Returns how the bytes of a matrix lie, of which so many are codes."""
+    return np.dtype([("codes", "u1", (num_bytes,)), ("statistics", "<f4", (2,))])
+
+
+def _pairs(data: bytes, num_bytes: int, sides: int) -> list[Pair]:
+    """Returns codes and statistics of matrices of so many bytes of codes, for each of so many that take turns."""
+    matrices = np.frombuffer(data, _matrix(num_bytes)).reshape(-1, sides)
     codes, statistics = matrices["codes"], matrices["statistics"].astype(np.float32)
-    packed = [torch.from_numpy(codes[:, side].flatten()) for side in range(sides)]
-    return [(unpack(p, bits, (len(codes) * num,)), torch.from_numpy(statistics[:, i])) for i, p in enumerate(packed)]
+    return [(torch.from_numpy(codes[:, i].flatten()), torch.from_numpy(statistics[:, i])) for i in range(sides)]
 
 
-def _bytes(pairs: Sequence[Pair], bits: int) -> bytes:
+def _bytes(*pairs: Pair) -> bytes:
     """Returns the bytes of matrices that take turns, as `_pairs` reads them."""
     num = len(pairs[0][1])
-    matrices = np.empty((num, len(pairs)), _matrix(pairs[0][0].numel() // num, bits))
+    matrices = np.empty((num, len(pairs)), _matrix(pairs[0][0].numel() // num))
     for side, (codes, statistics) in enumerate(pairs):
-        matrices["codes"][:, side] = pack(codes, bits).numpy().reshape(num, -1)
+        matrices["codes"][:, side] = codes.numpy().reshape(num, -1)
         matrices["statistics"][:, side] = statistics.float().cpu().numpy()
     return matrices.tobytes()

@@ -1,5 +1,6 @@
 """The tensors a plugin trains, as they are or through few bits."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import PluginError
 from .codebook import levels
+from .packing import look_up, pack
 from .quantisation import encode, quantise, statistics
 
 # bits of a tensor that is not quantised
@@ -67,7 +69,7 @@ class Weights(nn.Module):
 
     @torch.no_grad()
     def encoded(self) -> tuple[Tensor, Tensor]:
-        """Returns the codes of all matrices in order, uint8 `[num]`, and their statistics `[num_matrices, 2]`."""
+        """Returns the codes of all matrices in order, packed, and their statistics `[num_matrices, 2]`."""
         assert self.table is not None
         codes, measured = [], []
         for key in self.start:
@@ -77,19 +79,21 @@ class Weights(nn.Module):
                 encode(tensor, mean, std, self.table.to(tensor.dtype), is_held=self.statistics is not None).flatten()
             )
             measured.append(torch.stack([mean.flatten(), std.flatten()], dim=-1))
-        return torch.cat(codes), torch.cat(measured)
+        return pack(torch.cat(codes), self.bits), torch.cat(measured)
 
     @torch.no_grad()
-    def hold(self, codes: Tensor, measured: Tensor) -> None:
-        """Takes the values that codes `[num]` and statistics `[num_matrices, 2]` stand for, and holds the latter."""
+    def hold(self, packed: Tensor, measured: Tensor) -> None:
+        """Takes the values that `encoded` gave codes and statistics of, and holds the latter."""
         assert self.table is not None
-        first, sizes = next(self.parameters()), [p.numel() for p in self.parameters()]
-        self.statistics = measured.to(first)
+        tensors = [getattr(self, key) for key in self.start]
+        self.statistics = measured.to(tensors[0])
         # the sum of `decode`, with one look-up for all matrices: most of the time of reading a plugin
-        numbers = self.table.to(first).index_select(0, codes.to(first.device, torch.int32))
-        for key, part in zip(self.start, numbers.split(sizes), strict=True):
-            tensor, (mean, std) = getattr(self, key), self._held(key)
-            tensor.copy_(part.view(tensor.shape)).mul_(std).add_(mean)
+        sizes = [tensor.numel() for tensor in tensors]
+        parts = look_up(packed.cpu(), self.table.to("cpu", tensors[0].dtype), sum(sizes)).split(sizes)
+        held = self.statistics.split([math.prod(tensor.shape[:-2]) for tensor in tensors])
+        for tensor, part, own in zip(tensors, parts, held, strict=True):
+            mean, std = own.view(*tensor.shape[:-2], 1, 1, 2).unbind(-1)
+            tensor.copy_(part.view_as(tensor)).mul_(std).add_(mean)
 
     @torch.no_grad()
     def release(self) -> None:
