@@ -9,9 +9,10 @@ The table at the end is what the documentation quotes; `protocol.py` says how ru
 plugin file holds of the plugin: packed codes, and 8 bytes of mean and deviation a matrix; the head is counted apart.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import petiole as pt
 from petiole.nn.weights import Weights
@@ -42,6 +43,25 @@ def contestants() -> dict[str, Contestant]:
 CONTESTANTS = contestants()
 
 
+class Point(NamedTuple):
+    """A plugin in the picture: its method, width, bits a weight, bytes, and mean test accuracy [%]."""
+
+    method: str
+    width: str
+    bits: int
+    num_bytes: int
+    accuracy: float
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Returns the plugins that are more accurate than all that are no larger, smallest first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.num_bytes, -p.accuracy)):
+        if not best or point.accuracy > best[-1].accuracy:
+            best.append(point)
+    return best
+
+
 def plugin_bytes(contestant: Contestant) -> int:
     """Returns what a file holds of a contestant's plugin on the bundled backbone [bytes]."""
     plugin = method(contestant.method, **contestant.fixed)
@@ -65,7 +85,7 @@ def main() -> None:
     tasks = sorted({task for rows in tests.values() for task in rows})
     print(f"| plugin | bits | head bits | bytes | {' | '.join(tasks)} | mean |")
     print("|---|---:|---:|---:|" + "---:|" * (len(tasks) + 1))
-    points: dict[str, list[tuple[int, float]]] = {}
+    points: list[Point] = []
     for name, rows in sorted(tests.items(), key=lambda item: plugin_bytes(CONTESTANTS[item[0]])):
         contestant = CONTESTANTS[name]
         accuracies = {task: [run["last_test_accuracy"] for run in runs] for task, runs in rows.items()}
@@ -75,30 +95,40 @@ def main() -> None:
         bits, head = contestant.fixed["bits"], contestant.head_bits
         print(f"| {title} | {bits} | {head} | {size:,} | {' | '.join(cells)} | {mean} |")
         if mean and head == 32:
-            points.setdefault(f"{contestant.method}, {bits} bit", []).append((size, 100 * mean_of_groups(accuracies)))
+            width = re.sub(r"\D*", "", title)
+            points.append(Point(contestant.method, width, bits, size, 100 * mean_of_groups(accuracies)))
     if args.plot:
         draw(points, args.plot)
 
 
-def draw(points: Mapping[str, list[tuple[int, float]]], path: Path) -> None:
-    """Draws accuracy over bytes: a colour a method, a marker a number of bits."""
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Draws accuracy over bytes: a colour a method, a marker a number of bits, a line what no other plugin beats."""
     import matplotlib as mpl
 
     mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "petiole"
+    mpl.rcParams.update({"svg.hashsalt": "petiole", "svg.fonttype": "none", "font.family": "sans-serif"})
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
-    markers = {"1": "o", "2": "s", "4": "^", "32": "x"}
-    methods = list(dict.fromkeys(title.split(",")[0] for title in points))
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for title, found in points.items():
-        name, bits = title.removesuffix(" bit").split(", ")
-        sizes, accuracies = zip(*sorted(found), strict=True)
-        colour = f"C{methods.index(name)}"
-        axes.plot(sizes, accuracies, color=colour, marker=markers[bits], linewidth=0.8, label=title)
+    titles = {"adaptformer": "AdaptFormer", "lora": "LoRA", "fact": "FacT", "convpass": "Convpass"}
+    colours = {method: f"C{i}" for i, method in enumerate(titles)}
+    markers = {1: "o", 2: "s", 4: "^", 32: "X"}
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    best = frontier(points)
+    axes.step([p.num_bytes for p in best], [p.accuracy for p in best], where="post", color="0.75", zorder=1)
+    for p in points:
+        axes.scatter(p.num_bytes, p.accuracy, s=45, color=colours[p.method], marker=markers[p.bits], zorder=2)
+        below = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(p.width, (p.num_bytes, p.accuracy), fontsize=7, color="0.35", **below)
+    handles = [Line2D([], [], color=colour, label=titles[name], lw=4) for name, colour in colours.items()]
+    for bits, marker in markers.items():
+        label = f"{bits} bit" + "s" * (bits > 1)
+        handles.append(Line2D([], [], color="0.35", marker=marker, linestyle="", label=label))
     axes.set(xscale="log", xlabel="plugin [bytes]", ylabel="mean test accuracy [%]")
+    axes.margins(y=0.12)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(handles=handles, fontsize=8, ncols=2, loc="lower right", frameon=False)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

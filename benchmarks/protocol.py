@@ -97,7 +97,7 @@ def run_all(contestants: Mapping[str, Contestant], args: argparse.Namespace) -> 
     journal = Journal(args.out)
     for name in [] if args.known else args.methods.split(","):
         contestant = contestants[name]
-        for source in _sources(args):
+        for source in sources(args):
             task = pt.open_task(source)
             options = list(contestant.choices())
             scores = [
@@ -112,7 +112,8 @@ def run_all(contestants: Mapping[str, Contestant], args: argparse.Namespace) -> 
     return journal
 
 
-def _sources(args: argparse.Namespace) -> list[Any]:
+def sources(args: argparse.Namespace) -> list[Any]:
+    """Returns the tasks that the options ask for, as `open_task` takes them."""
     folder = Path(args.data)
     if args.tasks:
         return [folder / f"{name}.npz" for name in (SHORT if args.tasks == "short" else args.tasks.split(","))]
@@ -139,13 +140,21 @@ def _once(
     if run not in journal:
         # a setting is chosen where the test images cannot be seen at all
         split = dataclasses.replace(task, test=None) if is_choice else task.joined()
-        plugin = method(contestant.method, **settings)
-        model = pt.adapt(
-            open_host(args), plugin, classes=task.classes, head_bits=contestant.head_bits, seed=seed, prove=False
-        )
-        recipe = pt.Recipe(epochs=epochs, lr=lr, seed=seed, select="last", eval_every=epochs, precision=args.precision)
-        journal.add(run, pt.fit(model, split, recipe, progress=False).metrics)
+        journal.add(run, train(contestant, split, run, args)[1].metrics)
     return journal[run]
+
+
+def train(
+    contestant: Contestant, task: pt.Task, run: Mapping[str, Any], args: argparse.Namespace
+) -> tuple[pt.Adapted, pt.FitResult]:
+    """Returns a model trained as a run of the journal says, and what its training came to."""
+    epochs, seed = run["epochs"], run["seed"]
+    plugin, bits = method(contestant.method, **run["settings"]), contestant.head_bits
+    model = pt.adapt(open_host(args), plugin, classes=task.classes, head_bits=bits, seed=seed, prove=False)
+    recipe = pt.Recipe(
+        epochs=epochs, lr=run["lr"], seed=seed, select="last", eval_every=epochs, precision=args.precision
+    )
+    return model, pt.fit(model, task, recipe, progress=False)
 
 
 def open_host(args: argparse.Namespace) -> Any:
