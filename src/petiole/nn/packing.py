@@ -33,10 +33,10 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def look_up(packed: Tensor, table: Tensor, num: int) -> Tensor:
-    """Returns the level `[num]` of each code, `table[codes]`, of a table of 2, 4, ..., 256 levels."""
-    bits = (len(table) - 1).bit_length()
+    """Returns the level of each code, `table[codes]`, float32 `[num]`, of a table of 2, 4, ..., 256 levels."""
+    levels, bits = table.float().cpu().numpy(), (len(table) - 1).bit_length()
     if 8 % bits:
-        return table.index_select(0, unpack(packed, bits, (num,)).int())
-    # whole bytes at once: at 1 bit a fifth of the time that code by code takes
-    every_byte = unpack(torch.arange(256, dtype=torch.uint8), bits, (256, 8 // bits))
-    return table[every_byte.long()].index_select(0, packed.int()).flatten()[:num]
+        return torch.from_numpy(levels[unpack(packed, bits, (num,)).numpy()])
+    # whole bytes at once: at 1 bit a tenth of the time that code by code takes
+    every_byte = unpack(torch.arange(256, dtype=torch.uint8), bits, (256, 8 // bits)).numpy()
+    return torch.from_numpy(levels[every_byte].take(packed.cpu().numpy(), axis=0).ravel()[:num])

@@ -89,7 +89,7 @@ class Weights(nn.Module):
         self.statistics = measured.to(tensors[0])
         # the sum of `decode`, with one look-up for all matrices: most of the time of reading a plugin
         sizes = [tensor.numel() for tensor in tensors]
-        parts = look_up(packed.cpu(), self.table.to("cpu", tensors[0].dtype), sum(sizes)).split(sizes)
+        parts = look_up(packed, self.table, sum(sizes)).split(sizes)
         held = self.statistics.split([math.prod(tensor.shape[:-2]) for tensor in tensors])
         for tensor, part, own in zip(tensors, parts, held, strict=True):
             mean, std = own.view(*tensor.shape[:-2], 1, 1, 2).unbind(-1)
