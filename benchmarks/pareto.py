@@ -11,6 +11,7 @@ plugin file holds of the plugin: packed codes, and 8 bytes of mean and deviation
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from protocol import Contestant, mean_and_spread, mean_of_groups, parser, run_al
 
 # what a few epochs on validation images bear: few bits like large steps
 GRID: Mapping[str, tuple[Any, ...]] = {"scale": (1.0, 10.0)}
-RATES = (1e-2,)
 
 
 def contestants() -> dict[str, Contestant]:
@@ -30,10 +30,10 @@ def contestants() -> dict[str, Contestant]:
     for bits in (1, 2, 4, 32):
         for dim in (1, 8, 32):
             fixed = {"dim": dim, "bias": False, "bits": bits}
-            found[f"adaptformer-{dim}-{bits}bit"] = Contestant("adaptformer", fixed, GRID, RATES)
-            found[f"lora-{dim}-{bits}bit"] = Contestant("lora", {"rank": dim, "bits": bits}, GRID, RATES)
-        found[f"fact-tt16-{bits}bit"] = Contestant("fact", {"rank": 16, "bits": bits}, GRID, RATES)
-        found[f"convpass-8-{bits}bit"] = Contestant("convpass", {"bias": False, "bits": bits}, GRID, RATES)
+            found[f"adaptformer-{dim}-{bits}bit"] = Contestant("adaptformer", fixed, GRID)
+            found[f"lora-{dim}-{bits}bit"] = Contestant("lora", {"rank": dim, "bits": bits}, GRID)
+        found[f"fact-tt16-{bits}bit"] = Contestant("fact", {"rank": 16, "bits": bits}, GRID)
+        found[f"convpass-8-{bits}bit"] = Contestant("convpass", {"bias": False, "bits": bits}, GRID)
     for name in [name for name in found if name.endswith("-1bit")]:
         plain = found[name]
         found[f"{name}-bihead"] = Contestant(plain.method, plain.fixed, plain.grid, plain.rates, head_bits=1)
@@ -80,8 +80,11 @@ def head_bytes(num_classes: int, bits: int, width: int = 192) -> int:
 def main() -> None:
     options = parser(__doc__, list(CONTESTANTS), "runs/pareto.jsonl")
     options.add_argument("--plot", type=Path, help="picture to draw, .svg or .png")
+    options.add_argument("--rates", default="1e-2", help="learning rates to choose from [1e-2]")
     args = options.parse_args()
-    tests = run_all(CONTESTANTS, args).tests(list(CONTESTANTS))
+    rates = tuple(map(float, args.rates.split(",")))
+    choosing = {name: replace(contestant, rates=rates) for name, contestant in CONTESTANTS.items()}
+    tests = run_all(choosing, args).tests(list(CONTESTANTS))
     tasks = sorted({task for rows in tests.values() for task in rows})
     print(f"| plugin | bits | head bits | bytes | {' | '.join(tasks)} | mean |")
     print("|---|---:|---:|---:|" + "---:|" * (len(tasks) + 1))
@@ -121,9 +124,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
         below = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
         axes.annotate(p.width, (p.num_bytes, p.accuracy), fontsize=7, color="0.35", **below)
     handles = [Line2D([], [], color=colour, label=titles[name], lw=4) for name, colour in colours.items()]
-    for bits, marker in markers.items():
+    for bits in sorted({p.bits for p in points}):
         label = f"{bits} bit" + "s" * (bits > 1)
-        handles.append(Line2D([], [], color="0.35", marker=marker, linestyle="", label=label))
+        handles.append(Line2D([], [], color="0.35", marker=markers[bits], linestyle="", label=label))
     axes.set(xscale="log", xlabel="plugin [bytes]", ylabel="mean test accuracy [%]")
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
