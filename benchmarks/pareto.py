@@ -10,18 +10,15 @@ plugin file holds of the plugin: packed codes, and 8 bytes of mean and deviation
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import petiole as pt
 from petiole.nn.weights import Weights
 from petiole.plugins import method
-from protocol import Contestant, mean_and_spread, mean_of_groups, parser, run_all
-
-# what a few epochs on validation images bear: few bits like large steps
-GRID: Mapping[str, tuple[Any, ...]] = {"scale": (1.0, 10.0)}
+from protocol import SCALES, Contestant, mean_and_spread, mean_of_groups, parser, run_all
 
 
 def contestants() -> dict[str, Contestant]:
@@ -30,13 +27,12 @@ def contestants() -> dict[str, Contestant]:
     for bits in (1, 2, 4, 32):
         for dim in (1, 8, 32):
             fixed = {"dim": dim, "bias": False, "bits": bits}
-            found[f"adaptformer-{dim}-{bits}bit"] = Contestant("adaptformer", fixed, GRID)
-            found[f"lora-{dim}-{bits}bit"] = Contestant("lora", {"rank": dim, "bits": bits}, GRID)
-        found[f"fact-tt16-{bits}bit"] = Contestant("fact", {"rank": 16, "bits": bits}, GRID)
-        found[f"convpass-8-{bits}bit"] = Contestant("convpass", {"bias": False, "bits": bits}, GRID)
+            found[f"adaptformer-{dim}-{bits}bit"] = Contestant("adaptformer", fixed, SCALES)
+            found[f"lora-{dim}-{bits}bit"] = Contestant("lora", {"rank": dim, "bits": bits}, SCALES)
+        found[f"fact-tt16-{bits}bit"] = Contestant("fact", {"rank": 16, "bits": bits}, SCALES)
+        found[f"convpass-8-{bits}bit"] = Contestant("convpass", {"bias": False, "bits": bits}, SCALES)
     for name in [name for name in found if name.endswith("-1bit")]:
-        plain = found[name]
-        found[f"{name}-bihead"] = Contestant(plain.method, plain.fixed, plain.grid, plain.rates, head_bits=1)
+        found[f"{name}-bihead"] = replace(found[name], head_bits=1)
     return found
 
 
@@ -89,11 +85,12 @@ def main() -> None:
     print(f"| plugin | bits | head bits | bytes | {' | '.join(tasks)} | mean |")
     print("|---|---:|---:|---:|" + "---:|" * (len(tasks) + 1))
     points: list[Point] = []
-    for name, rows in sorted(tests.items(), key=lambda item: plugin_bytes(CONTESTANTS[item[0]])):
+    sizes = {name: plugin_bytes(CONTESTANTS[name]) for name in tests}
+    for name, rows in sorted(tests.items(), key=lambda item: sizes[item[0]]):
         contestant = CONTESTANTS[name]
         accuracies = {task: [run["last_test_accuracy"] for run in runs] for task, runs in rows.items()}
         cells = [mean_and_spread(accuracies[task]) if task in rows else "" for task in tasks]
-        title, size = name.split("bit")[0].rpartition("-")[0], plugin_bytes(contestant)
+        title, size = name.split("bit")[0].rpartition("-")[0], sizes[name]
         mean = f"{100 * mean_of_groups(accuracies):.1f}" if len(rows) == len(tasks) else ""
         bits, head = contestant.fixed["bits"], contestant.head_bits
         print(f"| {title} | {bits} | {head} | {size:,} | {' | '.join(cells)} | {mean} |")

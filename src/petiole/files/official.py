@@ -12,7 +12,7 @@ from ..core.adapted import Adapted
 from ..core.prove import prove_view
 from ..core.site import Site
 from ..errors import PluginFileError
-from ..nn.weights import FULL, QuantisedLinear, Weights
+from ..nn.weights import FULL, QuantisedLinear, Weights, quantised
 from ..plugins.adaptformer import AdaptFormer
 from ..plugins.lora import LoRA
 from .container import atomic_write, read_bytes
@@ -126,7 +126,7 @@ def save_official(model: Adapted, path: str | os.PathLike[str]) -> int:
         raise PluginFileError(f"an official file holds a head of 1 or {FULL} bits, the model has {found}: {KEEP}")
     _size(plugin.sites, _ROLES[plugin.method], head.in_features)
     down, up = (weights.encoded() for weights in _sides(plugin))
-    for weights in (*_sides(plugin), *([head.weight] if isinstance(head, QuantisedLinear) else [])):
+    for _, weights in quantised(model):
         for matrices in weights.parameters():
             num_code_bytes(matrices.shape[-2:].numel(), weights.bits)
     last = head.weight.encoded() if isinstance(head, QuantisedLinear) else (head.weight, head.bias)

@@ -165,7 +165,7 @@ def encode(official: Official) -> bytes:
     """Returns the bytes that `decode` reads as this.
 
     Raises:
-        PluginFileError: A number is not finite.
+        PluginFileError: The format has no such bits, or a number is not finite.
 
     Example:
         >>> encode(decode(bytes(2888), "adaptformer-bihead", num_classes=4)) == bytes(2888)
@@ -173,6 +173,7 @@ def encode(official: Official) -> bytes:
     """
     if (fault := _fault(official)) is not None:
         raise PluginFileError(f"an official file cannot hold {fault}: use an earlier state of the training")
+    checked_bits(official.bits)
     matrices = _bytes(official.down, official.up)
     if official.head_bits == 1:
         return matrices + _bytes(official.head)
