@@ -4,6 +4,7 @@
     python benchmarks/pareto.py --data ../shared/data/tasks --tasks short --epochs 20 --choose-epochs 6 \
         --seeds 1 --precision bf16 --unfused                                    # what two CPU cores can do
     python benchmarks/pareto.py --known --out benchmarks/results/pareto_short.jsonl --plot docs/pareto.svg
+    python benchmarks/pareto.py --known --out benchmarks/results/pareto_rates.jsonl --choices
 
 The table at the end is what the documentation quotes; `protocol.py` says how runs are made and kept. Bytes are what a
 plugin file holds of the plugin: packed codes, and 8 bytes of mean and deviation a matrix; the head is counted apart.
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import petiole as pt
 from petiole.nn.weights import Weights
 from petiole.plugins import method
-from protocol import SCALES, Contestant, mean_and_spread, mean_of_groups, parser, run_all
+from protocol import SCALES, Contestant, Journal, mean_and_spread, mean_of_groups, parser, run_all
 
 
 def contestants() -> dict[str, Contestant]:
@@ -77,10 +78,17 @@ def main() -> None:
     options = parser(__doc__, list(CONTESTANTS), "runs/pareto.jsonl")
     options.add_argument("--plot", type=Path, help="picture to draw, .svg or .png")
     options.add_argument("--rates", default="1e-2", help="learning rates to choose from [1e-2]")
+    options.add_argument("--choices", action="store_true", help="print every setting's validation accuracy instead")
     args = options.parse_args()
     rates = tuple(map(float, args.rates.split(",")))
     choosing = {name: replace(contestant, rates=rates) for name, contestant in CONTESTANTS.items()}
-    tests = run_all(choosing, args).tests(list(CONTESTANTS))
+    journal = run_all(choosing, args)
+    table_of_choices(journal) if args.choices else table(journal, args.plot)
+
+
+def table(journal: Journal, plot: Path | None) -> None:
+    """Prints what is known: a row a contestant, smallest first, a column a task; and draws it where `plot` says."""
+    tests = journal.tests(list(CONTESTANTS))
     tasks = sorted({task for rows in tests.values() for task in rows})
     print(f"| plugin | bits | head bits | bytes | {' | '.join(tasks)} | mean |")
     print("|---|---:|---:|---:|" + "---:|" * (len(tasks) + 1))
@@ -97,8 +105,23 @@ def main() -> None:
         if mean and head == 32:
             width = re.sub(r"\D*", "", title)
             points.append(Point(contestant.method, width, bits, size, 100 * mean_of_groups(accuracies)))
-    if args.plot:
-        draw(points, args.plot)
+    if plot:
+        draw(points, plot)
+
+
+def table_of_choices(journal: Journal) -> None:
+    """Prints the validation accuracy [%] of every setting that was tried: a row a setting, a column a task."""
+    rows: dict[tuple[str, float, float, int], dict[str, float]] = {}
+    for run, metrics in journal.runs():
+        if run["phase"] == "choose":
+            setting = (run["method"], run["lr"], run["settings"]["scale"], run["epochs"])
+            rows.setdefault(setting, {})[run["task"]] = metrics["last_val_accuracy"]
+    tasks = sorted({task for row in rows.values() for task in row})
+    print(f"| plugin | rate | scale | epochs | {' | '.join(tasks)} |")
+    print("|---|---:|---:|---:|" + "---:|" * len(tasks))
+    for (name, lr, scale, epochs), row in sorted(rows.items()):
+        cells = " | ".join(f"{100 * row[task]:.1f}" if task in row else "" for task in tasks)
+        print(f"| {name} | {lr:g} | {scale:g} | {epochs} | {cells} |")
 
 
 def draw(points: Sequence[Point], path: Path) -> None:

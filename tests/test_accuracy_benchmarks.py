@@ -33,7 +33,7 @@ def args(rounding: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_settings_are_chosen_without_the_test_images_and_tested_once_a_seed(
-    pareto: types.ModuleType, args: Namespace, monkeypatch: pytest.MonkeyPatch
+    pareto: types.ModuleType, args: Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[str, int, float, int, bool, bool]] = []
 
@@ -50,6 +50,10 @@ def test_settings_are_chosen_without_the_test_images_and_tested_once_a_seed(
     assert [run["last_test_accuracy"] for run in journal.tests([args.methods])[args.methods]["squares"]] == [0.1, 0.1]
     pareto.run_all(pareto.CONTESTANTS, args)
     assert len(asked) == 4
+    capsys.readouterr()
+    pareto.table_of_choices(journal)
+    rows = ["| adaptformer-8-32bit | 0.003 | 1 | 1 | 100.0 |", "| adaptformer-8-32bit | 0.003 | 10 | 1 | 10.0 |"]
+    assert capsys.readouterr().out.splitlines()[2:] == rows
 
 
 @pytest.mark.parametrize("name", ["adaptformer-32-1bit", "lora-1-2bit", "fact-tt16-4bit", "convpass-8-32bit"])
