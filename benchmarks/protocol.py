@@ -108,7 +108,7 @@ def run_all(contestants: Mapping[str, Contestant], args: argparse.Namespace) -> 
             for seed in range(args.seeds):
                 metrics = _once(journal, task, name, contestant, *best, seed, False, args)
                 accuracy = 100 * metrics["last_test_accuracy"]
-                print(f"{name:20}{task.name:20}seed {seed}{accuracy:7.1f}   {best}", flush=True)
+                print(f"{name:28}{task.name:20}seed {seed}{accuracy:7.1f}   {best}", flush=True)
     return journal
 
 
