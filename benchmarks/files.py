@@ -94,12 +94,13 @@ def main() -> None:
     """Measures every plugin on every backbone asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=BACKBONES, nargs="*", default=list(BACKBONES), help="which backbones")
+    parser.add_argument("--plugin", choices=PLUGINS, nargs="*", default=list(PLUGINS), help="which plugins")
     parser.add_argument("--repeat", type=int, default=5, help="calls per number [5]; the median is printed")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, median of {arguments.repeat}")
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.backbone:
-            for plugin in PLUGINS:
+            for plugin in arguments.plugin:
                 measure(name, plugin, Path(folder), arguments.repeat)
 
 

@@ -112,10 +112,13 @@ def test_the_first_code_is_in_the_lowest_bits(codes: list[int], bits: int, expec
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_levels_of_packed_codes_are_those_of_the_table(bits: int) -> None:
-    codes = torch.randint(0, 2**bits, (13,), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("sizes", [(13,), (16, 8), (3, 5, 5)])
+def test_levels_of_packed_codes_are_those_of_the_table(bits: int, sizes: tuple[int, ...]) -> None:
+    codes = torch.randint(0, 2**bits, (sum(sizes),), generator=torch.Generator().manual_seed(0))
     table = normal(2**bits).float()
-    assert look_up(pack(codes, bits), table, 13).tolist() == [table[code].item() for code in codes]
+    found = list(look_up(pack(codes, bits), table, sizes))
+    assert [len(part) for part in found] == [*sizes]
+    assert torch.cat(found).tolist() == [table[code].item() for code in codes]
 
 
 def test_bytes_of_another_length_are_refused() -> None:

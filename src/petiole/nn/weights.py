@@ -87,13 +87,12 @@ class Weights(nn.Module):
         assert self.table is not None
         tensors = [getattr(self, key) for key in self.start]
         self.statistics = measured.to(tensors[0])
-        # the sum of `decode`, with one look-up for all matrices: most of the time of reading a plugin
-        sizes = [tensor.numel() for tensor in tensors]
-        parts = look_up(packed, self.table, sum(sizes)).split(sizes)
+        # the sum of `decode`, a tensor at a time while its levels are in the cache: most of reading a plugin
+        parts = look_up(packed, self.table, [tensor.numel() for tensor in tensors])
         held = self.statistics.split([math.prod(tensor.shape[:-2]) for tensor in tensors])
         for tensor, part, own in zip(tensors, parts, held, strict=True):
             mean, std = own.view(*tensor.shape[:-2], 1, 1, 2).unbind(-1)
-            tensor.copy_(part.view_as(tensor)).mul_(std).add_(mean)
+            torch.mul(part.view_as(tensor).to(tensor), std, out=tensor).add_(mean)
 
     @torch.no_grad()
     def release(self) -> None:
