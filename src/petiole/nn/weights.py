@@ -71,13 +71,11 @@ class Weights(nn.Module):
     def encoded(self) -> tuple[Tensor, Tensor]:
         """Returns the codes of all matrices in order, packed, and their statistics `[num_matrices, 2]`."""
         assert self.table is not None
-        codes, measured = [], []
+        codes, measured, is_held = [], [], self.statistics is not None
         for key in self.start:
             tensor = getattr(self, key)
-            mean, std = statistics(tensor) if self.statistics is None else self._held(key)
-            codes.append(
-                encode(tensor, mean, std, self.table.to(tensor.dtype), is_held=self.statistics is not None).flatten()
-            )
+            mean, std = self._held(key) if is_held else statistics(tensor)
+            codes.append(encode(tensor, mean, std, self.table.to(tensor.dtype), is_held).flatten())
             measured.append(torch.stack([mean.flatten(), std.flatten()], dim=-1))
         return pack(torch.cat(codes), self.bits), torch.cat(measured)
 
