@@ -151,7 +151,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(handles=handles, fontsize=8, ncols=2, loc="lower right", frameon=False)
+    axes.legend(handles=handles, fontsize=8, ncols=2, loc="upper left", frameon=False)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
