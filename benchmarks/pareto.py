@@ -99,7 +99,11 @@ def table(journal: Journal, plot: Path | None) -> None:
         accuracies = {task: [run["last_test_accuracy"] for run in runs] for task, runs in rows.items()}
         cells = [mean_and_spread(accuracies[task]) if task in rows else "" for task in tasks]
         title, size = name.split("bit")[0].rpartition("-")[0], sizes[name]
-        mean = f"{100 * mean_of_groups(accuracies):.1f}" if len(rows) == len(tasks) else ""
+        num_seeds = min(map(len, accuracies.values())) if len(rows) == len(tasks) else 0
+        means = [
+            mean_of_groups({task: found[i : i + 1] for task, found in accuracies.items()}) for i in range(num_seeds)
+        ]
+        mean = mean_and_spread(means) if means else ""
         bits, head = contestant.fixed["bits"], contestant.head_bits
         print(f"| {title} | {bits} | {head} | {size:,} | {' | '.join(cells)} | {mean} |")
         if mean and head == 32:
